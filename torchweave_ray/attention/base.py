@@ -1,0 +1,70 @@
+"""What attention and executors share: the batch of a step as tensors, and the KV cache of a layer.
+
+A flat varlen batch: all tokens of all sequences one behind the other, prompt chunks and decodes
+mixed. Knows nothing of sequences, requests or scheduling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step's batch on the device. T tokens, S sequences, R rows that need logits."""
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slot_mapping: Tensor  # [T] int64: block_id * block_size + offset, where the token's KV goes
+    query_start_loc: Tensor  # [S + 1] int32: sequence s owns tokens [s] .. [s + 1]
+    seq_lens: Tensor  # [S] int32: positions in the cache after this step
+    block_tables: Tensor  # [S, max_blocks] int32, rows padded with 0
+    logit_rows: Tensor  # [R] int64: indices into T
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """KV cache of one layer."""
+
+    keys: Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
+    values: Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """The constants of one attention op."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int | None = None
+    """Positions a query sees, itself included; None: all before it."""
+    soft_cap: float | None = None
+
+
+class AttentionBackend(Protocol):
+    """Paged attention over a step's batch. `torch_paged` is the reference all others equal."""
+
+    def write_kv(self, keys: Tensor, values: Tensor, kv: LayerKV, inputs: StepInputs) -> None:
+        """Put this step's keys and values, [T, num_kv_heads, head_dim], into their slots."""
+        ...
+
+    def forward(
+        self, queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionShape
+    ) -> Tensor:
+        """Causal attention of queries [T, num_heads, head_dim] -> [T, num_heads, head_dim]."""
+        ...
+
+
+def block_bytes(
+    num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return 2 * num_layers * num_kv_heads * head_dim * block_size * dtype.itemsize

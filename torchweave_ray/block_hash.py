@@ -1,0 +1,42 @@
+"""Chained hashes of full token blocks: the prefix cache's and the router's key.
+
+A block's hash covers tenant salt, artifact and every token up to its end, so equal hashes mean
+equal KV. 128-bit BLAKE2b: a collision would serve another prompt's KV, so nothing weaker.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import NewType
+
+BlockHash = NewType("BlockHash", bytes)
+
+_DIGEST_SIZE = 16
+
+
+def root_hash(artifact_id: str, tenant: str = "", cache_salt: str = "") -> BlockHash:
+    """The parent of the first block. Parts are length-prefixed so that they cannot run together."""
+    h = blake2b(digest_size=_DIGEST_SIZE)
+    for part in (artifact_id, tenant, cache_salt):
+        raw = part.encode("utf-8")
+        h.update(len(raw).to_bytes(4, "little") + raw)
+    return BlockHash(h.digest())
+
+
+def next_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """Hash of the block that holds `token_ids` after `parent`."""
+    return BlockHash(
+        blake2b(parent + array("i", token_ids).tobytes(), digest_size=_DIGEST_SIZE).digest()
+    )
+
+
+def hash_blocks(root: BlockHash, token_ids: Sequence[int], block_size: int) -> list[BlockHash]:
+    """Hashes of all full blocks of `token_ids`, first block first."""
+    hashes: list[BlockHash] = []
+    parent = root
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = next_hash(parent, token_ids[start : start + block_size])
+        hashes.append(parent)
+    return hashes

@@ -1,0 +1,163 @@
+"""Engine configuration: frozen, every field documented, unknown keys refused by name.
+
+Each part receives its own piece. What is found at run time (blocks that fit, real context
+length) comes back as `RuntimeLimits` and is never written here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from torchweave_ray.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Predicted milliseconds of a step: a + b * tokens + c * sum(tokens * context)."""
+
+    a: float
+    b: float
+    c: float = 0.0
+
+    def predict(self, num_tokens: int, token_context: int) -> float:
+        return self.a + self.b * num_tokens + self.c * token_context
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    block_size: int = 16
+    """Tokens a block of KV cache."""
+    kv_memory: int | Literal["auto"] = "auto"
+    """Bytes of KV cache; auto: a share of the memory that is free for this replica."""
+    kv_memory_share: float = 0.5
+    """With auto: the share of free memory (GPU, or RAM within the cgroup) to take."""
+    replicas_per_node: int = 1
+    """With auto: divides the share."""
+    enable_prefix_caching: bool = True
+    watermark: float = 0.01
+    """Share of blocks kept free when admitting, so that running sequences can grow."""
+
+    def __post_init__(self) -> None:
+        _at_least("block_size", self.block_size, 1)
+        _at_least("replicas_per_node", self.replicas_per_node, 1)
+        if self.kv_memory != "auto":
+            _at_least("kv_memory", self.kv_memory, 1)
+        if not 0.0 < self.kv_memory_share <= 1.0:
+            raise ConfigError(f"kv_memory_share must be in (0, 1], got {self.kv_memory_share}")
+        if not 0.0 <= self.watermark < 1.0:
+            raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_num_seqs: int = 32
+    """Most sequences in one step."""
+    max_num_batched_tokens: int = 512
+    """Most tokens in one step: what is left after one a decode goes to prompts."""
+    max_step_ms: float | None = None
+    """Budget of a step in predicted milliseconds; needs `step_cost`."""
+    step_cost: StepCost | None = None
+    """Coefficients of the prediction, tuned into the artifact."""
+    ageing_tokens_per_step: int = 32
+    """A waiting prompt counts as so many tokens shorter for every step it has waited."""
+    max_waiting_tokens: int = 262_144
+    """Prompt tokens that may wait; beyond it a request is refused with 429."""
+    schedule_tick_ms: float = 0.0
+    """Longest wait of an idle scheduler for more arrivals before it starts a step."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("ageing_tokens_per_step", self.ageing_tokens_per_step, 1)
+        _at_least("max_waiting_tokens", self.max_waiting_tokens, 1)
+        _at_least("schedule_tick_ms", self.schedule_tick_ms, 0)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError("max_num_batched_tokens must be at least max_num_seqs")
+        if self.max_step_ms is not None and self.max_step_ms <= 0:
+            raise ConfigError(f"max_step_ms must be above 0, got {self.max_step_ms}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: the artifact's."""
+    threads: int | None = None
+    """CPU threads of the model; None: all cores of this process."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            _at_least("threads", self.threads, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    max_model_len: int | None = None
+    """Longest prompt + output; None: the model's own, or what the KV cache can hold."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    stats_interval_s: float = 10.0
+    """Seconds between [Scheduler] log lines while there is work."""
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None:
+            _at_least("max_model_len", self.max_model_len, 2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Build from nested mappings (YAML); raises ConfigError naming key and nearest key."""
+        return from_mapping(cls, values, "engine")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+    """A frozen dataclass from a mapping, checked by key and by type. `path` names it in errors."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} must be a mapping, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    kwargs: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"unknown key {path}.{key}{nearest(str(key), known)}")
+        kwargs[key] = _coerce(value, hints[key], f"{path}.{key}")
+    return cls(**kwargs)
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return from_mapping(option, value, path)  # type: ignore[arg-type]
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if option is type(None) and value is None:
+            return None
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, bool, str) and type(value) is option:
+            return value
+    wanted = " or ".join(_describe(o) for o in options)
+    raise ConfigError(f"{path} must be {wanted}, got {value!r}")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _describe(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return " or ".join(repr(a) for a in typing.get_args(option))
+    return "null" if option is type(None) else str(getattr(option, "__name__", option))
+
+
+def _at_least(name: str, value: float, lowest: float) -> None:
+    if value < lowest:
+        raise ConfigError(f"{name} must be at least {lowest:g}, got {value}")

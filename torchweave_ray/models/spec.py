@@ -1,0 +1,115 @@
+"""A decoder as data: ordered ops over named buffers and named tensors.
+
+`DecoderSpec` says what to compute, an `Executor` computes it: the torch executor is the
+reference, a native program and CUDA graphs are others. Ops are the only vocabulary they share.
+
+Buffers of a step: "hidden" is the residual stream [T, hidden_size]; others are scratch, written
+before they are read. Tensor names are those in the artifact (fused: `qkv_proj`, `gate_up_proj`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """out = table[input_ids] * scale"""
+
+    table: str
+    out: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """out = x / rms(x) * (weight + weight_offset), computed in fp32."""
+
+    x: str
+    out: str
+    weight: str
+    eps: float
+    weight_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """out = x @ weight.T + bias, added to `out` when `accumulate` (the residual add)."""
+
+    x: str
+    out: str
+    weight: str  # [out_features, in_features]
+    bias: str | None = None
+    accumulate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding, NeoX halves; inv_freq [head_dim / 2] holds all scaling already."""
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float = 1.0
+    """Multiplies cos and sin (yarn, longrope)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Split qkv, norm q and k if asked, rotate, write KV of `layer`, attend."""
+
+    qkv: str
+    out: str
+    layer: int
+    shape: AttentionShape
+    rope: Rope | None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    norm_eps: float = 1e-6
+    norm_weight_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatedActivation:
+    """out = act(x[:, :n]) * x[:, n:], n = half of x's columns."""
+
+    x: str
+    out: str
+    kind: Literal["silu", "gelu_tanh"]
+
+
+Op = Embed | RMSNorm | Linear | Attention | GatedActivation
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """`ops` run over all tokens; then rows are picked and `head_ops` give "logits" [R, vocab]."""
+
+    architecture: str
+    ops: tuple[Op, ...]
+    head_ops: tuple[Op, ...]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tensors: tuple[str, ...]
+    """Every tensor the ops name; a missing or a surplus one in an artifact is an error."""
+    logits_soft_cap: float | None = None
+
+
+class Executor(Protocol):
+    """Runs a DecoderSpec over batches; owns the weights, not the KV cache."""
+
+    @property
+    def name(self) -> str:
+        """ "torch", "native", ...: shown by GET /model and doctor."""
+        ...
+
+    def forward(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
+        """Logits of `inputs.logit_rows`: [R, vocab_size] float32."""
+        ...

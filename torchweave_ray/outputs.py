@@ -1,0 +1,194 @@
+"""What travels between the API and whatever generates: request, outputs, `Backend`.
+
+`AsyncEngine` is a Backend by shape, `RayBackend` another, the tests' fake a third.
+Token ids only: nothing here tokenises, and nothing here knows Ray or torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torchweave_ray.sampling_params import SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class OutputKind(enum.StrEnum):
+    """What a request wants back."""
+
+    TOKENS = "tokens"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    POOLED = "pooled"
+
+
+@dataclass(frozen=True, slots=True)
+class BusAddress:
+    """Where an ingress listens for token frames; see deployments/bus.py."""
+
+    host: str
+    port: int
+    secret: str
+    ingress_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One request in token ids.
+
+    A resumed request carries what its client already has: `output_token_ids` count as output
+    for penalties, min/max tokens, stop strings and usage, and `emitted_chars` of their text are
+    not sent again. Resuming needs n == 1: each choice i resumes alone, with seed + i.
+    """
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    artifact_id: str = ""
+    """Refused when it is set and differs from what the replica serves."""
+    output_token_ids: tuple[int, ...] = ()
+    emitted_chars: int = 0
+    n: int = 1
+    tenant: str = ""
+    priority: int = 0
+    """Higher goes first."""
+    deadline: float | None = None
+    """Unix seconds; a request still unfinished then is ended."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with equal (tenant, cache_salt)."""
+    grammar: str | None = None
+    output_kind: OutputKind = OutputKind.TOKENS
+    exclusive: bool = False
+    """Alone in its steps, no prefix cache: the unbatched baseline."""
+    delivery: BusAddress | None = None
+    """None: outputs travel on the handle call; else as frames to this ingress."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of one position, from raw logits."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What one choice gained since its last delta. `text` never splits a character."""
+
+    index: int
+    first_index: int
+    """Index among the choice's generated tokens of token_ids[0] (a resumed one counts on)."""
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or token id that ended it; None for end-of-sequence or length."""
+    error: str | None = None
+    """Why, when finish_reason is "error"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Exact token counts of a request, all choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, measured where the engine runs."""
+
+    queue_s: float
+    ttft_s: float
+    """From arrival at the engine to the first token."""
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """News of one request, at most one a step; `usage` is set on the last one only."""
+
+    request_id: str
+    deltas: tuple[ChoiceDelta, ...] = ()
+    usage: Usage | None = None
+    timings: Timings | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    pooled: tuple[float, ...] | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.usage is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a replica serves; GET /model and /v1/models show it."""
+
+    id: str
+    artifact_id: str
+    numerics_id: str
+    """Equal ids promise identical continuation on another replica."""
+    architecture: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    executor: str
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of one engine; counters grow from its start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    """Prompt tokens not yet computed, prefix hits excluded where known."""
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Blocks no sequence holds; cached ones count as free."""
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+
+    @property
+    def kv_usage(self) -> float:
+        return 1.0 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+class Backend(Protocol):
+    """Whatever can answer requests. Leaving the iterator early aborts the request."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        """Yield outputs until one `is_last`; raises RequestError before the first if refused."""
+        ...
+
+    async def models(self) -> list[ModelInfo]: ...
+
+    async def stats(self) -> dict[str, Stats]:
+        """Stats by model id, summed over replicas."""
+        ...
