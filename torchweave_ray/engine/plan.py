@@ -51,6 +51,7 @@ class ScheduledSequence:
     """Already includes the choice's index."""
     output: StepOutput = StepOutput.SAMPLE
     draft_token_ids: tuple[int, ...] = ()
+    """Computed at the positions right behind `num_tokens`, which leaves them out, and verified."""
     banned_token_ids: tuple[int, ...] = ()
     """Never drawn in this step: end tokens before min_tokens."""
 

@@ -113,3 +113,8 @@ class Executor(Protocol):
     def forward(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Logits of `inputs.logit_rows`: [R, vocab_size] float32."""
         ...
+
+    def hidden(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
+        """What the head's product reads for `inputs.logit_rows`, after the last norm:
+        [R, hidden_size] float32. For pooling; writes KV like `forward`."""
+        ...
