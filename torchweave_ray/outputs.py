@@ -7,7 +7,7 @@ Token ids only: nothing here tokenises, and nothing here knows Ray or torch.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,6 +136,40 @@ class RequestOutput:
         return self.usage is not None
 
 
+def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Several outputs of one request, in order, as one: what a slow reader gets."""
+    if len(outputs) == 1:
+        return outputs[0]
+    by_index: dict[int, list[ChoiceDelta]] = {}
+    for output in outputs:
+        for delta in output.deltas:
+            by_index.setdefault(delta.index, []).append(delta)
+    last = outputs[-1]
+    return RequestOutput(
+        request_id=last.request_id,
+        deltas=tuple(_merge_deltas(deltas) for deltas in by_index.values()),
+        usage=last.usage,
+        timings=last.timings,
+        prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs), None),
+        pooled=last.pooled,
+    )
+
+
+def _merge_deltas(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    last = deltas[-1]
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return ChoiceDelta(
+        index=last.index,
+        first_index=deltas[0].first_index,
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        text="".join(delta.text for delta in deltas),
+        logprobs=tuple(logprobs) if logprobs else None,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        error=last.error,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a replica serves; GET /model and /v1/models show it."""
@@ -170,6 +204,8 @@ class Stats:
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_computed_tokens: int = 0
+    """Tokens that steps took on, prompts and decodes, recomputed ones included."""
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_finished: int = 0

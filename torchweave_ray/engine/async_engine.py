@@ -1,0 +1,271 @@
+"""The engine behind asyncio: one thread steps it, one loop talks to it.
+
+Adds and aborts wait in an inbox that is drained between steps; all outputs of a step reach the
+loop in one call. A `Backend` by shape. Knows nothing of Ray or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torchweave_ray.config import SchedulerConfig
+from torchweave_ray.engine.engine import Engine
+from torchweave_ray.engine.meter import Meter
+from torchweave_ray.errors import (
+    ConfigError,
+    EngineDead,
+    InvalidRequest,
+    Overloaded,
+    TorchWeaveError,
+    Unavailable,
+    nearest,
+)
+from torchweave_ray.outputs import (
+    GenerateRequest,
+    ModelInfo,
+    RequestOutput,
+    Stats,
+    merge_outputs,
+)
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[RequestOutput | TorchWeaveError], None]
+"""Called on the loop with each output; an error is the last thing it hears."""
+
+TUNABLE_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_step_ms", "max_waiting_tokens")
+_IDLE_BEAT_S = 1.0
+_STUCK_S = 120.0
+
+
+class AsyncEngine:
+    def __init__(
+        self,
+        engine: Engine,
+        info: ModelInfo,
+        *,
+        stats_interval_s: float = 10.0,
+        after_step: Callable[[], None] | None = None,
+    ) -> None:
+        """`after_step` is called on the loop once all sinks of a step have been."""
+        self._engine = engine
+        self._info = info
+        self._after_step = after_step
+        self._capacity = engine.scheduler_config
+        self._limits = engine.scheduler_config
+        self._sinks: dict[str, Sink] = {}  # only the loop touches it
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox_tokens = 0
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._closing = False
+        self._death: BaseException | None = None
+        self._last_beat = time.monotonic()
+        self._meter = Meter(stats_interval_s)
+
+    # On the loop.
+
+    def start(self) -> None:
+        """Start the engine thread; call inside the running loop that will use it."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        """Outputs until the last; leaving early aborts. Raises RequestError when refused."""
+        mailbox: list[RequestOutput | TorchWeaveError] = []
+        arrived = asyncio.Event()
+
+        def sink(item: RequestOutput | TorchWeaveError) -> None:
+            mailbox.append(item)
+            arrived.set()
+
+        self.add(request, sink)
+        try:
+            while True:
+                await arrived.wait()
+                arrived.clear()
+                items = mailbox[:]
+                mailbox.clear()
+                outputs = [item for item in items if isinstance(item, RequestOutput)]
+                if outputs:  # a slow reader gets several steps merged
+                    yield merge_outputs(outputs)
+                if isinstance(items[-1], TorchWeaveError):
+                    raise items[-1]
+                if outputs[-1].is_last:
+                    return
+        finally:
+            self.abort(request.request_id)
+
+    def add(self, request: GenerateRequest, sink: Sink) -> None:
+        """Queue a request; raises RequestError when it is refused, and the sink hears nothing."""
+        if self._death is not None:
+            raise EngineDead(f"the engine has stopped: {self._death!r}")
+        if self._draining:
+            raise Unavailable("this replica is shutting down", None, "draining", 1.0)
+        self._engine.check(request)
+        if request.request_id in self._sinks:
+            raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
+        self._check_backlog(len(request.prompt_token_ids))
+        self._sinks[request.request_id] = sink
+        self._idle.clear()
+        self._inbox_tokens += len(request.prompt_token_ids)
+        self._post(partial(self._add, request))
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds by the next step; unknown ids are ignored."""
+        if self._sinks.pop(request_id, None) is not None:
+            self._post(partial(self._engine.abort, request_id))
+            self._note_idle()
+
+    async def models(self) -> list[ModelInfo]:
+        return [self._info]
+
+    async def stats(self) -> dict[str, Stats]:
+        return {self._info.id: self.snapshot()}
+
+    def snapshot(self) -> Stats:
+        """Stats of this instant; counters may be a step apart."""
+        return self._engine.stats()
+
+    def update_limits(self, **changes: Any) -> None:
+        """Change TUNABLE_LIMITS in place, within what the engine was started with.
+
+        Atomic and idempotent: limits that are not named go back to the engine's capacity.
+        Raises ConfigError naming the key.
+        """
+        for name, value in changes.items():
+            if name not in TUNABLE_LIMITS:
+                raise ConfigError(f"unknown limit {name}{nearest(name, TUNABLE_LIMITS)}")
+            capacity = getattr(self._capacity, name)
+            if capacity is not None and (value is None or value > capacity):
+                raise ConfigError(f"{name} = {value} exceeds this replica's capacity of {capacity}")
+        config: SchedulerConfig = replace(self._capacity, **changes)
+        self._limits = config
+        self._post(partial(self._engine.update_scheduler_config, config))
+
+    def check_health(self) -> None:
+        """Raise EngineDead if the thread is gone or has been stuck in one step."""
+        if self._death is not None:
+            raise EngineDead(f"the engine has stopped: {self._death!r}")
+        stuck = time.monotonic() - self._last_beat
+        if self._thread.ident is not None and stuck > _STUCK_S:
+            raise EngineDead(f"the engine has not finished a step for {stuck:.0f} s")
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the others; False if some had to be aborted."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            for request_id in list(self._sinks):
+                self._post(partial(self._engine.abort, request_id))
+            return False
+        return True
+
+    def close(self) -> None:
+        """Stop the thread after the step it is in; requests still here end with EngineDead."""
+        self._closing = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._death is None:
+            self._fail_all(EngineDead("the engine was closed"))
+        self._engine.close()
+
+    def _check_backlog(self, num_prompt_tokens: int) -> None:
+        waiting = self._engine.num_waiting_tokens + self._inbox_tokens
+        limit = self._limits.max_waiting_tokens
+        if waiting and waiting + num_prompt_tokens > limit:  # an empty queue takes any request
+            retry_after = (
+                waiting / self._meter.computed_per_s if self._meter.computed_per_s else 1.0
+            )
+            raise Overloaded(
+                f"{waiting} prompt tokens are waiting and the limit is {limit}",
+                None,
+                "queue_full",
+                max(1.0, waiting / rate if rate else 1.0),
+            )
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            sink = self._sinks.get(output.request_id)
+            if sink is None:
+                continue  # aborted while its step ran
+            if output.is_last:
+                del self._sinks[output.request_id]
+            sink(output)
+        if self._after_step is not None:
+            self._after_step()
+        self._note_idle()
+
+    def _fail_all(self, error: TorchWeaveError) -> None:
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink(error)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._sinks:
+            self._idle.set()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        self._wake.set()
+
+    # On the engine thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._last_beat = time.monotonic()
+                self._drain_inbox()
+                if self._engine.has_work:
+                    self._step()
+                else:
+                    self._wait()
+        except BaseException as error:
+            logger.exception("the engine stopped")
+            self._death = error
+            dead = EngineDead(f"the engine stopped: {error!r}")
+            self._call_soon(partial(self._fail_all, dead))
+
+    def _step(self) -> None:
+        outputs = self._engine.step()
+        if outputs:
+            self._call_soon(partial(self._deliver, outputs))
+        self._meter.measure(self._engine)
+
+    def _wait(self) -> None:
+        self._meter.pause()
+        arrived = self._wake.wait(_IDLE_BEAT_S)
+        tick_s = self._limits.schedule_tick_ms / 1e3
+        if arrived and tick_s and not self._closing:
+            time.sleep(tick_s)  # more may arrive, to share the first step
+
+    def _drain_inbox(self) -> None:
+        self._wake.clear()
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _add(self, request: GenerateRequest) -> None:
+        self._inbox_tokens -= len(request.prompt_token_ids)
+        self._engine.add(request)
+
+    def _call_soon(self, action: Callable[[], None]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:  # the loop is closed: nobody is left to hear
+            self._closing = True

@@ -1,0 +1,216 @@
+"""One engine step: schedule, submit, result, update, outputs.
+
+Owns scheduler, runner and output processor; single-threaded. Knows no asyncio and no tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from torchweave_ray.config import CacheConfig, SchedulerConfig
+from torchweave_ray.engine.output_processor import OutputProcessor
+from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits
+from torchweave_ray.engine.scheduler import Scheduler
+from torchweave_ray.engine.sequence import RequestState, SequenceUpdate
+from torchweave_ray.errors import InvalidRequest
+from torchweave_ray.outputs import (
+    FinishReason,
+    GenerateRequest,
+    OutputKind,
+    RequestOutput,
+    Stats,
+)
+from torchweave_ray.tokenizer import Detokenizer
+
+MAX_CHOICES = 64
+
+
+class Engine:
+    def __init__(
+        self,
+        runner: Runner,
+        detokenizer: Detokenizer,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig,
+        artifact_id: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` gives Unix seconds."""
+        self._runner = runner
+        self._artifact_id = artifact_id
+        self._clock = clock
+        self._scheduler = Scheduler(cache, scheduler, runner.limits, clock)
+        self._outputs = OutputProcessor(detokenizer, self._scheduler, clock)
+        self._states: dict[str, RequestState] = {}
+        self._pending: deque[PendingStep] = deque()
+        self._ready: list[RequestOutput] = []  # of requests that ended between steps
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_computed_tokens = 0
+        self._num_finished = 0
+        self._num_failed = 0
+
+    @property
+    def limits(self) -> RuntimeLimits:
+        return self._runner.limits
+
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        return self._scheduler.config
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work or bool(self._ready)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._scheduler.num_waiting_tokens
+
+    def update_scheduler_config(self, config: SchedulerConfig) -> None:
+        """Change limits between steps; what runs already is not cut short."""
+        self._scheduler.config = config
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what can never be served. Reads only what never changes: any thread may call.
+
+        Raises InvalidRequest naming the field.
+        """
+        limits = self.limits
+        if request.artifact_id and request.artifact_id != self._artifact_id:
+            raise InvalidRequest(
+                f"this replica serves artifact {self._artifact_id}, not {request.artifact_id}",
+                "artifact_id",
+            )
+        if request.grammar is not None:
+            raise InvalidRequest("structured output is not supported yet", "grammar")
+        if not 1 <= request.n <= MAX_CHOICES:
+            raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", "n")
+        request.sampling.validate(limits.vocab_size)
+        self._check_length(request)
+        is_plain = request.output_kind is OutputKind.TOKENS
+        if request.n > 1 and (request.exclusive or not is_plain or request.output_token_ids):
+            raise InvalidRequest("n must be 1 for an exclusive, resumed or pooled request", "n")
+        for name in ("prompt_token_ids", "output_token_ids"):
+            for token_id in getattr(request, name):
+                if not 0 <= token_id < limits.vocab_size:
+                    raise InvalidRequest(
+                        f"token id {token_id} is outside the vocabulary of {limits.vocab_size}",
+                        name,
+                    )
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue a request; raises RequestError when it is refused."""
+        self.check(request)
+        if request.request_id in self._states:
+            raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
+        # Hashes cover the artifact, so that blocks of two models can never be taken for each other.
+        request = replace(request, artifact_id=self._artifact_id)
+        state = RequestState(request, self._clock())
+        self._states[request.request_id] = state
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+        seq = self._scheduler.add(state)
+        if not request.output_token_ids:
+            return
+        stop = seq.stop_of(len(seq.token_ids) - 1, self.limits.eos_token_ids)
+        is_end_token = stop is not None and stop[0] is FinishReason.STOP
+        silent = is_end_token and not request.sampling.include_stop_str_in_output
+        if self._outputs.resume(seq, silent):
+            stop = FinishReason.STOP, None
+        if stop is not None:
+            self._scheduler.finish(seq, *stop)
+            self._emit(self._outputs.process([SequenceUpdate(seq)]))
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; one that is unknown or has ended is left alone."""
+        self._end(request_id, FinishReason.ABORT, None)
+
+    def step(self) -> list[RequestOutput]:
+        """Advance by one step; the outputs of the oldest step in flight, if its turn has come."""
+        self._expire()
+        plan = self._scheduler.schedule()
+        for seq_id in self._scheduler.released:
+            self._runner.release(seq_id)
+        self._scheduler.released.clear()
+        if plan is not None:
+            self._num_computed_tokens += plan.num_tokens
+            self._pending.append(self._runner.submit(plan))
+        if self._pending and (plan is None or len(self._pending) > self.limits.step_depth):
+            updates = self._scheduler.update(self._pending.popleft().result())
+            self._num_generated_tokens += sum(len(update.token_ids) for update in updates)
+            self._emit(self._outputs.process(updates))
+        ready, self._ready = self._ready, []
+        return ready
+
+    def stats(self) -> Stats:
+        scheduler = self._scheduler
+        return Stats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            num_blocks=scheduler.blocks.num_blocks,
+            num_free_blocks=scheduler.blocks.num_free_blocks,
+            num_steps=scheduler.num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_computed_tokens=self._num_computed_tokens,
+            num_prefix_query_tokens=scheduler.num_query_tokens,
+            num_prefix_hit_tokens=scheduler.num_hit_tokens,
+            num_finished=self._num_finished,
+            num_failed=self._num_failed,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert every invariant; for tests and for an idle engine."""
+        self._scheduler.check_integrity()
+        assert self._scheduler.has_work or not self._states, "a request was forgotten"
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def _check_length(self, request: GenerateRequest) -> None:
+        num_prompt, longest = len(request.prompt_token_ids), self.limits.max_model_len
+        if not num_prompt:
+            raise InvalidRequest("the prompt is empty", "prompt")
+        if request.output_kind is OutputKind.POOLED:
+            needed = num_prompt
+        else:
+            needed = num_prompt + (request.sampling.max_tokens or 1)
+        if needed > longest:
+            raise InvalidRequest(
+                f"the context length is {longest} tokens, but the prompt has {num_prompt} "
+                f"and {needed - num_prompt} more were asked for",
+                "max_tokens" if num_prompt < longest else "prompt",
+                "context_length_exceeded",
+            )
+
+    def _expire(self) -> None:
+        now = self._clock()
+        late = [
+            request_id
+            for request_id, state in self._states.items()
+            if state.request.deadline is not None and state.request.deadline <= now
+        ]
+        for request_id in late:
+            self._end(request_id, FinishReason.ERROR, "the deadline passed")
+
+    def _end(self, request_id: str, reason: FinishReason, error: str | None) -> None:
+        state = self._states.get(request_id)
+        if state is None:
+            return
+        alive = [seq for seq in state.sequences if not seq.is_finished]
+        for seq in alive:
+            self._scheduler.finish(seq, reason, error=error)
+        self._emit(self._outputs.process(SequenceUpdate(seq) for seq in alive))
+
+    def _emit(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            if output.is_last:
+                del self._states[output.request_id]
+                is_failed = any(delta.error is not None for delta in output.deltas)
+                self._num_failed += is_failed
+                self._num_finished += not is_failed
+        self._ready += outputs

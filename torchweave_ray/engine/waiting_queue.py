@@ -1,0 +1,50 @@
+"""The engine's only queue: sequences that hold no blocks, in one order."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator
+
+from torchweave_ray.engine.sequence import Sequence
+
+QueueKey = tuple[int, float, float, int]
+
+
+class WaitingQueue:
+    def __init__(self, ageing_tokens_per_step: int) -> None:
+        self.num_tokens = 0
+        """Tokens that the waiting sequences still have to compute."""
+        self._ageing = ageing_tokens_per_step
+        self._sequences: list[Sequence] = []
+
+    def queue_key(self, seq: Sequence) -> QueueKey:
+        """Smallest first: priority, then fewest remaining tokens with ageing, then deadline.
+
+        A sequence counts as `ageing` tokens shorter for each step since it arrived. All age
+        alike, so adding ageing * arrival_step gives the same order and never changes.
+        """
+        request = seq.state.request
+        aged = seq.num_remaining_tokens + self._ageing * seq.arrival_step
+        return (-request.priority, aged, request.deadline or math.inf, seq.seq_id)
+
+    def add(self, seq: Sequence) -> None:
+        bisect.insort(self._sequences, seq, key=self.queue_key)
+        self.num_tokens += seq.num_remaining_tokens
+
+    def remove(self, seq: Sequence) -> None:
+        index = bisect.bisect_left(self._sequences, self.queue_key(seq), key=self.queue_key)
+        assert self._sequences[index] is seq
+        del self._sequences[index]
+        self.num_tokens -= seq.num_remaining_tokens
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def check_integrity(self) -> None:
+        assert self.num_tokens == sum(seq.num_remaining_tokens for seq in self)
+        for seq in self:
+            assert not seq.block_table, f"sequence {seq.seq_id} waits with blocks"
