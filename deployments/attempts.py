@@ -1,0 +1,161 @@
+"""One attempt at a request: a call to one replica, its tokens by the bus or by the handle.
+
+Always cancels the call when it is left: only then are the replica's blocks free at once. Knows
+nothing of resuming; see backend.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from deployments.bus import DEAD_AFTER_S, BusListener, IncomingStream
+from deployments.calls import BusFailed, EngineFailed, Finished
+from deployments.frames import merge_deltas
+from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
+from torchweave_ray.outputs import ChoiceDelta, GenerateRequest, RequestOutput, Timings, Usage
+
+
+class Lost(TorchWeaveError):
+    """This attempt's replica or bus is gone; the request can go on elsewhere."""
+
+
+class ModelClient:
+    """The calls of one model's deployment, each a handle configured once, as every handle opens
+    a router and a long poll. gRPC with plain pickle: one server stream a request."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle.options(
+            _by_reference=False, request_serialization="pickle", response_serialization="pickle"
+        )
+        self.generate = self.handle.options(method_name="generate")
+        self.generate_stream = self.handle.options(method_name="generate_stream", stream=True)
+        self.describe = self.handle.options(method_name="describe")
+
+
+async def over_bus(
+    client: ModelClient,
+    bus: BusListener,
+    request: GenerateRequest,
+    pace: Callable[[], Awaitable[None]],
+    tail_timeout_s: float = DEAD_AFTER_S,
+) -> AsyncGenerator[RequestOutput]:
+    """Deltas from the bus, the end from the call. `pace` waits between two chunks."""
+    stream = bus.open()
+    response = client.generate.remote(replace(request, delivery=bus.address), stream.id)
+    call = asyncio.ensure_future(_result(response))
+    call.add_done_callback(stream.wake)
+    try:
+        while True:
+            deltas = stream.take()
+            usage, timings = _finished(call, stream, deltas)
+            if deltas or usage is not None:
+                merged = merge_deltas(deltas)
+                yield RequestOutput(request.request_id, merged, usage=usage, timings=timings)
+                if usage is not None:
+                    return
+                if not any(delta.finish_reason for delta in merged):
+                    await pace()
+            elif stream.lost:
+                raise Lost("the bus connection is gone")
+            elif not call.done():
+                await stream.wait()
+            elif not await stream.wait(tail_timeout_s):
+                # Frames may come after the call has returned, but on a live bus they come soon.
+                raise Lost("the last frames never came")
+    finally:
+        bus.close(stream)
+        response.cancel()
+        call.cancel()
+
+
+async def over_handle(
+    client: ModelClient, request: GenerateRequest
+) -> AsyncGenerator[RequestOutput]:
+    """Everything as items of one streaming call."""
+    response = client.generate_stream.remote(replace(request, delivery=None))
+    try:
+        async for item in response:
+            if isinstance(item, RequestError):
+                raise item
+            if isinstance(item, EngineFailed):
+                raise Lost(item.reason)
+            yield item
+    except RayActorError as error:
+        raise Lost(f"the replica is gone ({type(error).__name__})") from error
+    except DeploymentUnavailableError as error:
+        raise Unavailable(f"{request.model} is unavailable: {error}", None, None, 5.0) from None
+    finally:
+        response.cancel()
+
+
+async def choices_over_handle(
+    client: ModelClient, requests: list[tuple[int | None, GenerateRequest]]
+) -> AsyncGenerator[RequestOutput]:
+    """Several requests at once, each shown under its choice's index (None: as it is)."""
+    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
+
+    async def pump(index: int | None, request: GenerateRequest) -> None:
+        try:
+            async with aclosing(over_handle(client, request)) as outputs:
+                async for output in outputs:
+                    queue.put_nowait(_relabel(output, index))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(index, request)) for index, request in requests]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _finished(
+    call: asyncio.Future[Finished], stream: IncomingStream, deltas: list[ChoiceDelta]
+) -> tuple[Usage | None, Timings | None]:
+    """The call's usage once all entries it promises are here. What ended it instead is raised,
+    but only after the last `deltas`: the client gets all that has arrived."""
+    if not call.done() or (deltas and call.exception() is not None):
+        return None, None
+    result = call.result()
+    if stream.num_entries < result.num_entries:
+        return None, None
+    return result.usage, result.timings
+
+
+async def _result(response: Any) -> Finished:
+    try:
+        result = await response
+    except RayActorError as error:
+        raise Lost(f"the replica is gone ({type(error).__name__})") from error
+    except DeploymentUnavailableError as error:
+        raise Unavailable(f"the deployment is unavailable: {error}", None, None, 5.0) from None
+    if isinstance(result, BusFailed | EngineFailed):
+        raise Lost(result.reason)
+    if isinstance(result, RequestError):
+        raise result
+    assert isinstance(result, Finished)
+    return result
+
+
+def _relabel(output: RequestOutput, index: int | None) -> RequestOutput:
+    if index is None:
+        return output
+    return replace(output, deltas=tuple(replace(delta, index=index) for delta in output.deltas))

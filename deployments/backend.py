@@ -1,0 +1,166 @@
+"""`RayBackend`: answers requests through Serve handles.
+
+A stream whose replica or bus is lost goes on elsewhere, from what its client has. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import fields, replace
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from deployments.attempts import Lost, ModelClient, choices_over_handle, over_bus, over_handle
+from deployments.bus import BusListener
+from deployments.calls import Description
+from deployments.progress import Progress
+from torchweave_ray.errors import ModelNotFound, Unavailable
+from torchweave_ray.outputs import GenerateRequest, ModelInfo, OutputKind, RequestOutput, Stats
+
+logger = logging.getLogger(__name__)
+
+MAX_RESUMES = 5
+RESUME_WAIT_S = 0.2
+"""Before the first resume; doubles with each, up to 2 s: a dead engine is replaced in seconds."""
+DESCRIBE_TIMEOUT_S = 30.0
+"""Longest wait of a request for a model whose first replica is still starting."""
+STATS_TIMEOUT_S = 5.0
+MAX_CHUNK_INTERVAL_S = 0.05
+
+
+class RayBackend:
+    def __init__(
+        self,
+        clients: Mapping[str, ModelClient],
+        bus: BusListener | None,
+        chunk_interval_s: float = 0.0,
+        resume_wait_s: float = RESUME_WAIT_S,
+    ) -> None:
+        """`chunk_interval_s`, times the streams that are open, is the least time between two
+        chunks of one: it merges tokens where every chunk costs the proxy dearly."""
+        self.clients = clients
+        self._bus = bus
+        self._chunk_interval_s = chunk_interval_s
+        self._resume_wait_s = resume_wait_s
+        self._num_open = 0
+        self._descriptions: dict[str, asyncio.Task[Description]] = {}
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestOutput]:
+        """Outputs until one `is_last`; raises RequestError when refused or lost for good."""
+        client = self._client(request.model)
+        progress = Progress(request)
+        self._num_open += 1
+        try:
+            try:
+                async with aclosing(self._first_attempt(client, request)) as outputs:
+                    async for output in outputs:
+                        progress.note(output)
+                        yield output
+                return
+            except Lost as error:
+                logger.warning("[Request] %s goes on elsewhere: %s", request.request_id, error)
+            async with aclosing(self._resume(client, request, progress)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            self._num_open -= 1
+
+    async def models(self) -> list[ModelInfo]:
+        """Models that a replica serves; Unavailable, with the reason, when there is none yet."""
+        ready = [task.result().info for task in self._descriptions.values() if _is_good(task)]
+        if ready:
+            return ready
+        found = await asyncio.gather(*map(self.describe, self.clients), return_exceptions=True)
+        infos = [each.info for each in found if isinstance(each, Description)]
+        if not infos:
+            raise next(each for each in found if isinstance(each, BaseException))
+        return infos
+
+    async def describe(self, model: str, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Description:
+        """Asked of a replica once and kept: what a model is does not change while we run."""
+        client = self._client(model)
+        task = self._descriptions.get(model)
+        if task is None or (task.done() and not _is_good(task)):
+            task = asyncio.create_task(_ask(client))
+            self._descriptions[model] = task
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+        except TimeoutError:
+            reason = f"no replica of {model} has answered within {timeout_s:g} s"
+            raise Unavailable(reason, None, None, 5.0) from None
+        except (RayActorError, DeploymentUnavailableError) as error:
+            reason = f"no replica of {model} can answer: {error}"
+            raise Unavailable(reason, None, None, 5.0) from None
+
+    async def stats(self) -> dict[str, Stats]:
+        """By model, summed over the replicas that answer."""
+        sums: dict[str, Stats] = {}
+        for model, client in self.clients.items():
+            try:
+                answers = await client.handle.broadcast("stats").results_async(
+                    timeout_s=STATS_TIMEOUT_S, return_exceptions=True
+                )
+            except (DeploymentUnavailableError, TimeoutError):
+                answers = []
+            sums[model] = _sum([each for each in answers if isinstance(each, Stats)])
+        return sums
+
+    def _client(self, model: str) -> ModelClient:
+        client = self.clients.get(model)
+        if client is None:
+            known = ", ".join(sorted(self.clients))
+            raise ModelNotFound(f"no model {model!r}; there is {known}", "model", "model_not_found")
+        return client
+
+    def _first_attempt(
+        self, client: ModelClient, request: GenerateRequest
+    ) -> AsyncGenerator[RequestOutput]:
+        if self._bus is not None and request.output_kind is OutputKind.TOKENS:
+            return over_bus(client, self._bus, request, self._pace)
+        return over_handle(client, request)
+
+    async def _resume(
+        self, client: ModelClient, request: GenerateRequest, progress: Progress
+    ) -> AsyncGenerator[RequestOutput]:
+        """By the handle, from what was received; each unfinished choice on its own."""
+        reason = "it cannot be resumed"
+        for attempt in range(1, MAX_RESUMES + 1):
+            if not progress.can_resume:
+                break
+            rest = list(progress.unfinished(attempt))
+            try:
+                async with aclosing(choices_over_handle(client, rest)) as outputs:
+                    async for output in outputs:
+                        progress.note(output)
+                        part = replace(output, request_id=request.request_id, timings=None)
+                        yield replace(part, usage=None)
+                yield RequestOutput(request.request_id, usage=progress.usage())
+                return
+            except Lost as error:
+                reason = str(error)
+                logger.warning("[Request] %s: attempt %d: %s", request.request_id, attempt, error)
+                await asyncio.sleep(min(self._resume_wait_s * 2**attempt, 2.0))
+        raise Unavailable(f"the replica of this request was lost: {reason}", None, None, 1.0)
+
+    async def _pace(self) -> None:
+        interval = min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S)
+        if interval > 0:
+            await asyncio.sleep(interval)
+
+
+async def _ask(client: ModelClient) -> Description:
+    description = await client.describe.remote()
+    assert isinstance(description, Description)
+    return description
+
+
+def _is_good(task: asyncio.Task[Description]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
+
+
+def _sum(each: list[Stats]) -> Stats:
+    return Stats(**{f.name: sum(getattr(stats, f.name) for stats in each) for f in fields(Stats)})
