@@ -188,9 +188,7 @@ class AsyncEngine:
         waiting = self._engine.num_waiting_tokens + self._inbox_tokens
         limit = self._limits.max_waiting_tokens
         if waiting and waiting + num_prompt_tokens > limit:  # an empty queue takes any request
-            retry_after = (
-                waiting / self._meter.computed_per_s if self._meter.computed_per_s else 1.0
-            )
+            rate = self._meter.computed_per_s
             raise Overloaded(
                 f"{waiting} prompt tokens are waiting and the limit is {limit}",
                 None,
