@@ -113,7 +113,7 @@ def _faults(module: str, source: str, is_package: bool = False) -> list[str]:
             found.append(f"{module}:{line} imports {name}; {package} never imports {top}")
         elif top in PACKAGES and not _allowed(name, package, rule):
             found.append(f"{module}:{line} imports {name}; {package} may not")
-        if module.removeprefix(TW) in LEAVES and top in ("torchweave_ray", "torch"):
+        if module.removeprefix(TW).split(".")[0] in LEAVES and top in ("torchweave_ray", "torch"):
             leaf = name.removeprefix(TW).split(".")[0]
             if leaf not in LEAVES:
                 found.append(f"{module}:{line} imports {name}; a leaf imports leaves only")
