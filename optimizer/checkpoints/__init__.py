@@ -1,0 +1,16 @@
+"""Readers of model formats, all giving the same view: `open_checkpoint` picks by what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optimizer.checkpoints.checkpoint import Checkpoint, TensorInfo
+from optimizer.checkpoints.gguf_file import GgufCheckpoint
+from optimizer.checkpoints.safetensors_folder import SafetensorsFolder
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Raises ArtifactError naming what is missing, damaged or not supported."""
+    return GgufCheckpoint(path) if path.is_file() else SafetensorsFolder(path)

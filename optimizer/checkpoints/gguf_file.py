@@ -1,0 +1,129 @@
+"""A GGUF file seen as a Hugging Face checkpoint: names, order of rows and config translated.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Only architecture "llama".
+Whatever the file holds that we would not compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from optimizer.checkpoints.checkpoint import TensorInfo, json_document
+from optimizer.checkpoints.gguf_config import hf_config, hf_generation_config
+from optimizer.checkpoints.gguf_tokenizer import tokenizer_config, tokenizer_json
+from torchweave_ray.errors import ArtifactError
+from torchweave_ray.models.artifact import (
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
+
+ROPE_FREQS = "rope_freqs.weight"
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_TOP: Mapping[str, str] = MappingProxyType(
+    {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+)
+_PARTS: Mapping[str, str] = MappingProxyType(
+    {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+)
+
+
+class GgufCheckpoint:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            reader = gguf.GGUFReader(path)
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise ArtifactError(f"{path} is not a whole GGUF file: {error}") from error
+        self._metadata: dict[str, Any] = {
+            name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."
+        }
+        self._by_name: dict[str, Any] = {}
+        self._rope_factors: list[float] | None = None
+        for tensor in reader.tensors:
+            if tensor.name == ROPE_FREQS:
+                self._rope_factors = [float(value) for value in tensor.data]
+            else:
+                self._by_name[_hf_name(tensor.name, path)] = tensor
+        self._config = hf_config(self._metadata, self.tensors, self._rope_factors)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {
+            name: TensorInfo(_shape(tensor), tensor.tensor_type.name, int(tensor.n_bytes))
+            for name, tensor in self._by_name.items()
+        }
+
+    def load(self, name: str) -> Tensor:
+        """float32, in Hugging Face's order of rows."""
+        tensor = self._by_name[name]
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ArtifactError(
+                f"{self._path}: tensor {tensor.name} is {tensor.tensor_type.name}, which the gguf "
+                "package cannot dequantise"
+            ) from error
+        # dequantize returns F32 data as it is: a read-only view of the mapped file.
+        loaded = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(_shape(tensor))
+        if ".q_proj." in name:
+            return _unpermute(loaded, self._config["num_attention_heads"])
+        if ".k_proj." in name:
+            return _unpermute(loaded, self._config["num_key_value_heads"])
+        return loaded
+
+    def documents(self) -> dict[str, bytes]:
+        return {
+            CONFIG: json_document(self._config),
+            GENERATION_CONFIG: json_document(hf_generation_config(self._metadata)),
+            TOKENIZER: tokenizer_json(self._metadata, self._config["vocab_size"]),
+            TOKENIZER_CONFIG: json_document(tokenizer_config(self._metadata)),
+        }
+
+
+def _hf_name(name: str, path: Path) -> str:
+    if name in _TOP:
+        return _TOP[name]
+    found = _LAYER.fullmatch(name)
+    if found is None or found[2] not in _PARTS:
+        raise ArtifactError(f"{path}: tensor {name} is not one of architecture llama that we know")
+    return f"model.layers.{found[1]}.{_PARTS[found[2]]}.{found[3]}"
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """GGUF lists the fastest dimension first."""
+    return tuple(int(length) for length in reversed(tensor.shape))
+
+
+def _unpermute(weight: Tensor, num_heads: int) -> Tensor:
+    """Undo llama.cpp's interleaving of rotary pairs: its rows of a head are 0, h, 1, h+1, ...
+
+    weight [rows, columns] or bias [rows]; h is half a head.
+    """
+    half = weight.shape[0] // num_heads // 2
+    pairs = weight.reshape(num_heads, half, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,141 @@
+"""tokenizer.json and tokenizer_config.json out of a GGUF's vocabulary, merges and flags.
+
+A GGUF names its pre-tokenizer but doesn't define it. Names whose split we have compared with
+another implementation, text by text, are known; any other is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from torchweave_ray.errors import ArtifactError
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+
+
+def _smollm() -> Any:
+    """Each digit alone, then GPT-2's split. Digits first: `a  1` gives `a`, two spaces, `1`."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+def _gpt2() -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = MappingProxyType(
+    {"smollm": _smollm, "gpt-2": _gpt2}
+)
+
+
+def tokenizer_json(metadata: Mapping[str, Any], vocab_size: int) -> bytes:
+    """Raises ArtifactError for a tokenizer or pre-tokenizer that we have not tested."""
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    pre_tokenizer = _pre_tokenizer(metadata)
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    if not len(tokens) == len(vocab) == len(types) == vocab_size:
+        raise ArtifactError(
+            f"GGUF vocabulary of {len(tokens)} tokens ({len(vocab)} different ones, {len(types)} "
+            f"types) does not fit the embedding's {vocab_size} rows"
+        )
+    if unknown := set(types) - {_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED}:
+        raise ArtifactError(f"GGUF token type {unknown.pop()} is not one of a byte-level BPE")
+    merges = [_merge(merge) for merge in metadata.get("tokenizer.ggml.merges") or []]
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ArtifactError(f"GGUF merges do not fit its vocabulary: {error}") from error
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = list(zip(tokens, types, strict=True))
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, k in kinds if k == _CONTROL]
+    )
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == _USER_DEFINED])
+    if (template := _template(metadata, tokens)) is not None:
+        tokenizer.post_processor = template
+    document: str = tokenizer.to_str()
+    return document.encode()
+
+
+def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' PreTrainedTokenizerFast reads, with the chat template."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    values: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": _flag(metadata, "add_bos_token"),
+        "add_eos_token": _flag(metadata, "add_eos_token"),
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": metadata["llama.context_length"],
+    }
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    for name, key in names.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            values[f"{name}_token"] = _token(tokens, token_id, key)
+    if (template := metadata.get("tokenizer.chat_template")) is not None:
+        values["chat_template"] = template
+    return values
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> Any:
+    model, name = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if model != "gpt2":
+        raise ArtifactError(
+            f"GGUF tokenizer {model!r} is not supported; supported: 'gpt2' (byte-level BPE). "
+            "Stage the model's Hugging Face folder instead"
+        )
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        tested = ", ".join(repr(known) for known in PRE_TOKENIZERS)
+        raise ArtifactError(
+            f"GGUF pre-tokenizer {name!r} has not been tested; tested ones: {tested}. "
+            "Stage the model's Hugging Face folder instead"
+        )
+    if _flag(metadata, "add_space_prefix"):
+        raise ArtifactError("GGUF key tokenizer.ggml.add_space_prefix = true is not supported")
+    return PRE_TOKENIZERS[name]()
+
+
+def _merge(text: str) -> tuple[str, str]:
+    left, space, right = text.partition(" ")
+    if not (left and space and right):
+        raise ArtifactError(f"GGUF merge {text!r} is not two tokens with a space between")
+    return left, right
+
+
+def _template(metadata: Mapping[str, Any], tokens: list[str]) -> Any | None:
+    """Puts begin and end tokens around a text if the flags ask for it."""
+    ends: dict[str, tuple[str, int]] = {}
+    for name in ("bos", "eos"):
+        if _flag(metadata, f"add_{name}_token"):
+            token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+            ends[name] = (_token(tokens, token_id, name), int(token_id or 0))
+    if not ends:
+        return None
+    before = [f"{ends['bos'][0]}:0"] if "bos" in ends else []
+    after = [f"{ends['eos'][0]}:0"] if "eos" in ends else []
+    return processors.TemplateProcessing(
+        single=[*before, "$A:0", *after],
+        pair=[*before, "$A:0", *after, "$B:0", *after],
+        special_tokens=list(dict.fromkeys(ends.values())),
+    )
+
+
+def _token(tokens: list[str], token_id: Any, key: str) -> str:
+    if type(token_id) is not int or not 0 <= token_id < len(tokens):
+        raise ArtifactError(f"GGUF key tokenizer.ggml.{key}_token_id = {token_id!r} is no token")
+    return tokens[token_id]
+
+
+def _flag(metadata: Mapping[str, Any], key: str) -> bool:
+    return bool(metadata.get(f"tokenizer.ggml.{key}", False))

@@ -1,0 +1,233 @@
+"""From recipe to artifact: the `Stage` protocol, runs that resume, and `optimize`, the front door.
+
+A stage writes below `work/<its name>` only. When it is done a marker with a hash of its inputs is
+written beside, so a run that was killed goes on with the first stage that is not done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from optimizer.progress import Progress, SilentProgress
+from optimizer.recipe import Recipe, resolve_recipe
+from optimizer.store import Store, sync_path, write_atomically
+from torchweave_ray.errors import ArtifactError
+from torchweave_ray.models.artifact import FORMAT_VERSION, Manifest
+
+STAGES_VERSION = 1
+"""Raise when a stage gives other bytes for the same source: what is staged is then staged anew."""
+REPORT = "report.json"
+
+
+class Stage(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides the stage's result besides the manifest before it; plain JSON."""
+        ...
+
+    def run(self, work: Path, manifest: Manifest) -> Manifest:
+        """Read earlier stages' folders, write `work / name`, return the manifest with more in it.
+
+        May find what a killed run left there, and must give the same bytes then.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    name: str
+    seconds: float
+    num_bytes: int
+    """Fetched, written or hashed: what the stage's progress counts."""
+    resumed: bool
+
+
+def optimize(
+    recipe: str | Path | Recipe, store: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Stage a model and return its artifact's folder; at once if the store holds it already.
+
+    `recipe`: whatever `resolve_recipe` takes. `store`: by default ARTIFACT_DIR, or ./artifacts.
+    Safe to call from many processes: one stages, the others wait. Raises ConfigError for a bad
+    recipe, ArtifactError for what cannot be fetched, converted or written.
+    """
+    recipe = resolve_recipe(recipe)
+    progress = progress or SilentProgress()
+    shelf = Store(default_store() if store is None else Path(store).absolute())
+    if (found := find_staged(recipe, shelf)) is not None:
+        _point(shelf, recipe, found)
+        return found
+    key = _key(recipe)
+    with shelf.lock(key, lambda: progress.wait(recipe.name)):
+        if (found := find_staged(recipe, shelf)) is not None:
+            return found  # staged while this process waited
+        identity = recipe.open_source().identity()
+        try:
+            directory = _stage(recipe, shelf, shelf.work(key), progress)
+            shelf.remember(key, identity, directory)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise ArtifactError(
+                f"staging {recipe.name} failed: {error.strerror or error}{where}; what the store "
+                "held before is unchanged, and the next run goes on from here"
+            ) from error
+        shelf.discard_work(key)
+        return directory
+
+
+def default_store() -> Path:
+    return Path(os.environ.get("ARTIFACT_DIR") or "artifacts").expanduser().absolute()
+
+
+def find_staged(recipe: Recipe, store: Store) -> Path | None:
+    """The recipe's artifact if it has been staged; a few stat calls, no lock."""
+    return store.find(_key(recipe), recipe.open_source().identity())
+
+
+def run_stages(
+    stages: Sequence[Stage], work: Path, manifest: Manifest, progress: Progress
+) -> tuple[Manifest, list[StageReport]]:
+    """Run what a killed run has not done yet. Every stage's files are on disk before the next."""
+    reports = []
+    for stage in stages:
+        inputs = _hash([STAGES_VERSION, stage.name, stage.inputs, dataclasses.asdict(manifest)])
+        marker = work / f"{stage.name}.done.json"
+        done = _read_marker(marker, inputs, work / stage.name)
+        if done is None:
+            marker.unlink(missing_ok=True)
+            done = _run_stage(stage, work, manifest, progress)
+            write_atomically(marker, json.dumps(_marker(inputs, done, work / stage.name)))
+        manifest, report = done
+        progress.finish(report.name, report.seconds, report.resumed)
+        reports.append(report)
+    return manifest, reports
+
+
+def _stage(recipe: Recipe, store: Store, work: Path, progress: Progress) -> Path:
+    # Imported here: they load torch, and a recipe that is staged already needs none of it.
+    from optimizer.stages.convert import ConvertStage
+    from optimizer.stages.fetch import FetchStage
+    from optimizer.stages.fuse import FuseStage
+    from optimizer.stages.publish import PublishStage
+    from optimizer.stages.seal import SealStage
+
+    counting = _CountingProgress(progress)
+    draft = Manifest(
+        artifact_id="",
+        source=recipe.open_source().text,
+        source_sha256="",
+        architecture="",
+        dtype="",
+        layout="",
+        files={},
+    )
+    stages: list[Stage] = [
+        FetchStage(recipe, counting),
+        ConvertStage(recipe, counting),
+        FuseStage(counting),
+        SealStage(counting),
+    ]
+    manifest, reports = run_stages(stages, work, draft, counting)
+    (work / "seal" / REPORT).write_text(_report(recipe, reports))
+    run_stages([PublishStage(store, recipe.name, counting)], work, manifest, counting)
+    return store.artifact(recipe.name, manifest.artifact_id)
+
+
+def _run_stage(
+    stage: Stage, work: Path, manifest: Manifest, progress: Progress
+) -> tuple[Manifest, StageReport]:
+    started = time.perf_counter()
+    progress.start(stage.name)
+    manifest = stage.run(work, manifest)
+    folder = work / stage.name
+    for path in [*folder.rglob("*"), folder] if folder.exists() else []:
+        sync_path(path)
+    num_bytes = progress.num_bytes if isinstance(progress, _CountingProgress) else 0
+    seconds = round(time.perf_counter() - started, 3)
+    return manifest, StageReport(stage.name, seconds, num_bytes, resumed=False)
+
+
+def _marker(inputs: str, done: tuple[Manifest, StageReport], folder: Path) -> dict[str, Any]:
+    manifest, report = done
+    return {
+        "inputs": inputs,
+        "outputs": _sizes(folder),
+        "manifest": manifest.to_json(),
+        "seconds": report.seconds,
+        "num_bytes": report.num_bytes,
+    }
+
+
+def _read_marker(path: Path, inputs: str, folder: Path) -> tuple[Manifest, StageReport] | None:
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if raw["inputs"] != inputs or raw["outputs"] != _sizes(folder):
+        return None
+    report = StageReport(folder.name, raw["seconds"], raw["num_bytes"], resumed=True)
+    return Manifest.from_json(raw["manifest"], str(path)), report
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(p.relative_to(folder)): p.stat().st_size for p in files if p.name != REPORT}
+
+
+def _report(recipe: Recipe, reports: Sequence[StageReport]) -> str:
+    values = {
+        "recipe": dataclasses.asdict(recipe),
+        "stages": [dataclasses.asdict(report) for report in reports],
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _point(store: Store, recipe: Recipe, directory: Path) -> None:
+    try:
+        store.point(recipe.name, directory)
+    except OSError:
+        return  # a store that we may only read: its owner keeps the link
+
+
+def _key(recipe: Recipe) -> str:
+    return _hash([FORMAT_VERSION, STAGES_VERSION, recipe.key()])[:32]
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class _CountingProgress:
+    """Passes everything on and keeps the running stage's bytes for the report."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self.num_bytes = 0
+
+    def start(self, stage: str) -> None:
+        self.num_bytes = 0
+        self._inner.start(stage)
+
+    def expect(self, num_bytes: int) -> None:
+        self._inner.expect(num_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self._inner.advance(num_bytes)
+
+    def finish(self, stage: str, seconds: float, resumed: bool) -> None:
+        self._inner.finish(stage, seconds, resumed)
+
+    def wait(self, recipe: str) -> None:
+        self._inner.wait(recipe)

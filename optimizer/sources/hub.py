@@ -1,0 +1,85 @@
+"""Models of the Hugging Face hub, through huggingface_hub's own cache, settings and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimizer.sources.local import model_files
+from optimizer.sources.source import Advance, Fetched
+from torchweave_ray.errors import ArtifactError
+
+_ALLOW = ["*.safetensors", "*.json", "*.jinja"]
+_IGNORE = ["*/*"]  # other formats' copies: original/, onnx/, ...
+
+
+@dataclass(frozen=True)
+class HubSource:
+    repo_id: str
+    revision: str | None
+    """Branch, tag or commit; None: the default branch, resolved when it is first staged."""
+    member: str | None = None
+    """A .gguf file of the repository; None: its safetensors."""
+
+    @property
+    def text(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.repo_id}{at}" + (f"#{self.member}" if self.member else "")
+
+    def identity(self) -> None:
+        return None
+
+    def fetch(self, folder: Path, advance: Advance) -> Fetched:
+        from huggingface_hub import snapshot_download  # slow to import
+
+        try:
+            snapshot = Path(
+                snapshot_download(
+                    self.repo_id,
+                    revision=self.revision,
+                    allow_patterns=[self.member] if self.member else _ALLOW,
+                    ignore_patterns=None if self.member else _IGNORE,
+                    tqdm_class=_counting_tqdm(advance),
+                )
+            )
+        except Exception as error:
+            # The client raises its own, its HTTP library's and built-in errors alike.
+            raise ArtifactError(self._explain(error)) from error
+        if self.member is None:
+            return Fetched(snapshot, model_files(snapshot), snapshot.name)
+        file = snapshot / self.member
+        if not file.is_file():
+            raise ArtifactError(f"{self.repo_id} has no file {self.member}")
+        return Fetched(file, (file,), snapshot.name)
+
+    def _explain(self, error: Exception) -> str:
+        kind = type(error).__name__
+        if kind in ("RepositoryNotFoundError", "GatedRepoError"):
+            return (
+                f"the Hugging Face hub has no {self.repo_id} that you may read: check the id, or "
+                "set HF_TOKEN if it is private or gated"
+            )
+        if kind == "RevisionNotFoundError":
+            return f"{self.repo_id} has no revision {self.revision!r} on the Hugging Face hub"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else kind
+        return (
+            f"cannot fetch {self.text} from the Hugging Face hub and it is not in the local cache "
+            f"({first}): connect, or copy the model to a folder and name that folder instead"
+        )
+
+
+def _counting_tqdm(advance: Advance) -> type[Any]:
+    """The hub client reports through a tqdm class; this one passes bytes on and draws nothing."""
+    from huggingface_hub.utils import tqdm
+
+    class CountingTqdm(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            if self.counts_bytes and n:
+                advance(int(n))
+
+    return CountingTqdm

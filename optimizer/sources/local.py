@@ -1,0 +1,58 @@
+"""Models that lie on this machine: read in place, never copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from optimizer.sources.source import Advance, Fetched
+from torchweave_ray.errors import ArtifactError
+
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja")
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A Hugging Face folder: config.json, tokenizer.json, *.safetensors."""
+
+    path: Path
+
+    @property
+    def text(self) -> str:
+        return str(self.path)
+
+    def identity(self) -> list[str]:
+        return [_identity(path) for path in model_files(self.path)]
+
+    def fetch(self, folder: Path, advance: Advance) -> Fetched:
+        return Fetched(self.path, model_files(self.path))
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """One .gguf file."""
+
+    path: Path
+
+    @property
+    def text(self) -> str:
+        return str(self.path)
+
+    def identity(self) -> list[str]:
+        return [_identity(self.path)] if self.path.is_file() else []
+
+    def fetch(self, folder: Path, advance: Advance) -> Fetched:
+        if not self.path.is_file():
+            raise ArtifactError(f"{self.path} is gone")
+        return Fetched(self.path, (self.path,))
+
+
+def model_files(folder: Path) -> tuple[Path, ...]:
+    """Files of a model folder that staging may read, in a fixed order; subfolders are not read."""
+    found = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    return tuple(sorted(found))
+
+
+def _identity(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
