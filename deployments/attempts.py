@@ -17,9 +17,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.bus import DEAD_AFTER_S, BusListener, IncomingStream
 from deployments.calls import BusFailed, EngineFailed, Finished
-from deployments.frames import merge_deltas
 from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
-from torchweave_ray.outputs import ChoiceDelta, GenerateRequest, RequestOutput, Timings, Usage
+from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
 
 
 class Lost(TorchWeaveError):
@@ -53,14 +52,16 @@ async def over_bus(
     call.add_done_callback(stream.wake)
     try:
         while True:
-            deltas = stream.take()
-            usage, timings = _finished(call, stream, deltas)
-            if deltas or usage is not None:
-                merged = merge_deltas(deltas)
-                yield RequestOutput(request.request_id, merged, usage=usage, timings=timings)
-                if usage is not None:
+            entries = stream.take()
+            end = _finished(call, stream, bool(entries))
+            if entries or end:
+                output = merge_outputs(
+                    [RequestOutput(request.request_id, deltas) for deltas in entries or [()]]
+                )
+                yield output if end is None else _ended(output, end)
+                if end is not None:
                     return
-                if not any(delta.finish_reason for delta in merged):
+                if not any(delta.finish_reason for delta in output.deltas):
                     await pace()
             elif stream.lost:
                 raise Lost("the bus connection is gone")
@@ -128,16 +129,18 @@ async def choices_over_handle(
 
 
 def _finished(
-    call: asyncio.Future[Finished], stream: IncomingStream, deltas: list[ChoiceDelta]
-) -> tuple[Usage | None, Timings | None]:
-    """The call's usage once all entries it promises are here. What ended it instead is raised,
-    but only after the last `deltas`: the client gets all that has arrived."""
-    if not call.done() or (deltas and call.exception() is not None):
-        return None, None
+    call: asyncio.Future[Finished], stream: IncomingStream, has_news: bool
+) -> Finished | None:
+    """The call's result once all entries it promises are here. What ended it instead is raised,
+    but only when there are no more news: the client gets all that has arrived."""
+    if not call.done() or (has_news and call.exception() is not None):
+        return None
     result = call.result()
-    if stream.num_entries < result.num_entries:
-        return None, None
-    return result.usage, result.timings
+    return result if stream.num_entries >= result.num_entries else None
+
+
+def _ended(output: RequestOutput, end: Finished) -> RequestOutput:
+    return replace(output, usage=end.usage, timings=end.timings)
 
 
 async def _result(response: Any) -> Finished:

@@ -36,16 +36,16 @@ class IncomingStream:
         self.lost = False
         """Its connection is gone; what is pending still counts."""
         self.connection: IngressConnection | None = None
-        self._pending: list[ChoiceDelta] = []
+        self._pending: list[tuple[ChoiceDelta, ...]] = []
         self._wake: asyncio.Future[None] | None = None
 
     def push(self, rows: list[list[Any]]) -> None:
-        self._pending += [decode_delta(row) for row in rows]
+        self._pending.append(tuple(map(decode_delta, rows)))
         self.num_entries += 1
         self.wake()
 
-    def take(self) -> list[ChoiceDelta]:
-        """Everything that has arrived since the last time."""
+    def take(self) -> list[tuple[ChoiceDelta, ...]]:
+        """The deltas of every entry that has arrived since the last time."""
         taken, self._pending = self._pending, []
         return taken
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
 from typing import Any
 
 from torchweave_ray.errors import TorchWeaveError
@@ -84,31 +83,6 @@ def decode_delta(row: list[Any]) -> ChoiceDelta:
         None if finish is None else FinishReason(finish),
         stop_reason,
         error,
-    )
-
-
-def merge_deltas(deltas: Iterable[ChoiceDelta]) -> tuple[ChoiceDelta, ...]:
-    """One delta a choice, in the order in which the choices first appear."""
-    merged: dict[int, ChoiceDelta] = {}
-    for delta in deltas:
-        before = merged.get(delta.index)
-        merged[delta.index] = delta if before is None else _join(before, delta)
-    return tuple(merged.values())
-
-
-def _join(first: ChoiceDelta, second: ChoiceDelta) -> ChoiceDelta:
-    logprobs = None
-    if first.logprobs is not None or second.logprobs is not None:
-        logprobs = (first.logprobs or ()) + (second.logprobs or ())
-    return ChoiceDelta(
-        first.index,
-        first.first_index,
-        first.token_ids + second.token_ids,
-        first.text + second.text,
-        logprobs,
-        second.finish_reason,
-        second.stop_reason,
-        second.error,
     )
 
 
