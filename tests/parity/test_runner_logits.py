@@ -20,9 +20,9 @@ PLAIN = SamplingParams()
 
 def _counts(prompt: list[int], output: list[int]) -> TokenCounts:
     counts = TokenCounts()
-    counts.advance(prompt, len(prompt))
-    for num in range(1, len(output) + 1):
-        counts.advance([*prompt, *output[:num]], len(prompt))
+    whole = [*prompt, *output]
+    for num in range(len(prompt), len(whole) + 1):
+        counts.advance(whole, num, len(prompt))
     return counts
 
 

@@ -31,12 +31,12 @@ class TokenCounts:
         self._ids = np.zeros(64, dtype=np.int64)
         self._counts = np.zeros(64, dtype=np.float32)
 
-    def advance(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
-        """Count what `token_ids`, the whole sequence, has gained since the last call."""
-        assert len(token_ids) >= self._num_seen
-        for position in range(self._num_seen, len(token_ids)):
+    def advance(self, token_ids: Sequence[int], num_tokens: int, num_prompt_tokens: int) -> None:
+        """Count what token_ids[:num_tokens], the whole sequence, gained since the last call."""
+        assert num_tokens >= self._num_seen
+        for position in range(self._num_seen, num_tokens):
             self._add(token_ids[position], position >= num_prompt_tokens)
-        self._num_seen = len(token_ids)
+        self._num_seen = num_tokens
 
     def with_output(self, token_ids: Sequence[int]) -> TokenCounts:
         """A copy that has these as further output: the rows behind draft tokens."""

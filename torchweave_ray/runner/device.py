@@ -1,0 +1,113 @@
+"""Where the model runs: device, dtype, threads, free memory. The only file that may say "cuda".
+
+Knows no model. Memory that a container may not have counts as not there: cgroup v1 and v2 limits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from torchweave_ray.errors import ArtifactError, ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROOT = Path("/")
+
+
+def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """auto: a GPU where torch sees one. Raises ConfigError for a GPU that is not there."""
+    has_gpu = torch.cuda.is_available()
+    if choice == "cuda" and not has_gpu:
+        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+        raise ConfigError(f"runner.device is 'cuda' but torch {torch.__version__} {built}")
+    return torch.device("cuda" if has_gpu and choice != "cpu" else "cpu")
+
+
+def resolve_dtype(choice: str, artifact_dtype: str) -> torch.dtype:
+    """auto: the artifact's. Raises ArtifactError for one that no executor computes in."""
+    name = artifact_dtype if choice == "auto" else choice
+    if name not in _DTYPES:
+        raise ArtifactError(f"dtype {name!r} of the artifact is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def set_num_threads(threads: int | None) -> int:
+    """Let torch use so many CPU threads; None: all cores of this process. Returns the number."""
+    if threads is None:
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        threads = len(affinity(0)) if affinity else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads
+
+
+def numerics_path(device: torch.device) -> str:
+    """What, besides artifact, executor and dtype, decides the last bits of a result."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__} {torch.cuda.get_device_name(device)}"
+    return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_host_memory()
+
+
+def free_host_memory(root: Path = _ROOT) -> int:
+    """min(MemAvailable, what each cgroup over this process leaves). `root` is for tests."""
+    frees = [_cgroup_free(*paths) for paths in _memory_cgroups(root)]
+    available = _mem_available(root / "proc/meminfo")
+    return max(0, min(free for free in (*frees, available) if free is not None))
+
+
+def _mem_available(meminfo: Path) -> int:
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Not Linux: physical memory, half of which we take for used.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """(folder, limit, usage, key of memory.stat) of this process's cgroups and their parents.
+
+    Inside a container the path in /proc/self/cgroup may name folders of the host that are not
+    mounted: those are skipped, and the mount's own root still tells the container's limit.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0" and not controllers:
+            base, names = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = mount / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for parent in (folder, *folder.parents):
+            if parent.is_relative_to(base):
+                yield (parent, *names)
+
+
+def _cgroup_free(folder: Path, limit: str, usage: str, inactive: str) -> int | None:
+    """Limit minus use, page cache that the kernel drops first not counted; None: no limit."""
+    try:
+        text = (folder / limit).read_text().strip()
+        if text == "max":
+            return None
+        used = int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(text) - used + int(stat.get(inactive, 0))
+    except (OSError, ValueError):
+        return None

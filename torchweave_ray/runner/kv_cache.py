@@ -1,0 +1,142 @@
+"""The paged KV cache: how many blocks fit, their memory, and copies between them.
+
+Knows no sequences: which block belongs to whom is the block manager's.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from torchweave_ray.attention.base import LayerKV
+from torchweave_ray.config import CacheConfig
+from torchweave_ray.errors import ConfigError
+
+_MIN_BLOCKS = 2
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """Constants of the cache: block_bytes of attention.base over these is one block's size."""
+
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class KVSize:
+    num_blocks: int
+    max_model_len: int
+
+
+def size_kv_cache(
+    cache: CacheConfig,
+    block_bytes: int,
+    free_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    max_position_embeddings: int,
+) -> KVSize:
+    """Blocks that fit and the longest sequence they hold.
+
+    Never more blocks than max_num_seqs sequences of full length could use. Raises ConfigError
+    with the numbers when kv_memory is not there, or does not hold what max_model_len asks for.
+    """
+    wanted = max_position_embeddings if max_model_len is None else max_model_len
+    if wanted > max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {wanted} exceeds the {max_position_embeddings} positions of the model"
+        )
+    budget = _budget(cache, free_bytes)
+    blocks_per_seq = -(-wanted // cache.block_size)
+    num_blocks = min(budget // block_bytes, max_num_seqs * blocks_per_seq)
+    if max_model_len is not None and num_blocks < blocks_per_seq:
+        raise ConfigError(
+            f"max_model_len {wanted} needs {blocks_per_seq} KV blocks = "
+            f"{_mib(blocks_per_seq * block_bytes)}; {_described(cache, budget, free_bytes)} holds "
+            f"{num_blocks}: lower max_model_len or raise kv_memory"
+        )
+    if num_blocks < min(_MIN_BLOCKS, blocks_per_seq):
+        raise ConfigError(
+            f"{_described(cache, budget, free_bytes)} holds {num_blocks} KV blocks of "
+            f"{_mib(block_bytes)}, at least {_MIN_BLOCKS} are needed: raise kv_memory"
+        )
+    return KVSize(num_blocks, min(wanted, num_blocks * cache.block_size))
+
+
+def _budget(cache: CacheConfig, free_bytes: int) -> int:
+    if cache.kv_memory == "auto":
+        return int(free_bytes * cache.kv_memory_share / cache.replicas_per_node)
+    if cache.kv_memory > free_bytes:
+        raise ConfigError(
+            f"kv_memory {_mib(cache.kv_memory)} exceeds the {_mib(free_bytes)} that are free "
+            "for this process (machine and cgroup)"
+        )
+    return cache.kv_memory
+
+
+def _described(cache: CacheConfig, budget: int, free_bytes: int) -> str:
+    if cache.kv_memory == "auto":
+        return f"kv_memory auto, {_mib(budget)} of {_mib(free_bytes)} free,"
+    return f"kv_memory {_mib(budget)}"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:,.1f} MiB"
+
+
+class KVCache:
+    """All layers' blocks in one allocation, zeroed, so that no stale NaN is ever read.
+
+    On the host it is fresh pages of the system: they cost memory only once they are written.
+    """
+
+    def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
+        dims = (
+            shape.num_layers,
+            2,
+            num_blocks,
+            shape.num_kv_heads,
+            shape.block_size,
+            shape.head_dim,
+        )
+        if device.type == "cpu":
+            self._blocks = _lazy_zeros(dims, shape.dtype)
+        else:
+            self._blocks = torch.zeros(dims, dtype=shape.dtype, device=device)
+        self.layers: tuple[LayerKV, ...] = tuple(LayerKV(k, v) for k, v in self._blocks)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._blocks.nbytes
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy (source, destination) blocks in all layers; every source is read before."""
+        if not pairs:
+            return
+        sources, destinations = torch.tensor(pairs, device=self._blocks.device).T
+        self._blocks[:, :, destinations] = self._blocks[:, :, sources]
+
+    def close(self) -> None:
+        """Let go of the memory; the layers are gone."""
+        self.layers = ()
+        self._blocks = torch.empty(0)
+
+
+def _lazy_zeros(dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Page-aligned zeros that the system commits on first touch."""
+    memory = mmap.mmap(-1, prod(dims) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: far fewer TLB misses when walking blocks
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(dims)
