@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import CONFIG, GENERATION_CONFIG
 
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
@@ -161,6 +162,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise _error("architectures", names, "must list exactly one architecture")
+    if names[0] not in SUPPORTED_ARCHITECTURES:
+        supported = ", ".join(SUPPORTED_ARCHITECTURES)
+        raise _error("architectures", names, f"is not supported; supported: {supported}")
     return names[0]
 
 
