@@ -85,6 +85,8 @@ def test_machine_reads_model_and_isa(tmp_path: Path) -> None:
     machine = describe_machine(tmp_path, tmp_path)
     assert (machine.cpu, machine.isa) == ("Some CPU", ("avx2", "avx512_bf16"))
     assert machine.cores >= 1
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert describe_machine(tmp_path, tmp_path).cores == 1
 
 
 def test_results_carry_their_origin(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_i
 class Machine:
     cpu: str
     cores: int
-    """Cores this process may use."""
+    """Cores this process may use: its affinity, or less by the cgroup's quota."""
     isa: tuple[str, ...]
     memory_gib: float
     """The smaller of the machine's and the cgroup's."""
@@ -54,10 +54,18 @@ def describe_machine(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
     flags = set(_field(cpuinfo, "flags").split())
     return Machine(
         cpu=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        cores=_cores(cgroup),
         isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
         memory_gib=round(memory_bytes(proc, cgroup) / 2**30, 1),
     )
+
+
+def _cores(cgroup: Path) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota, _, period = _read(cgroup / "cpu.max").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        return max(1, min(cores or 1, int(quota) // int(period)))
+    return cores or 1
 
 
 def memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

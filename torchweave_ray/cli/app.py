@@ -1,0 +1,25 @@
+"""Puts the commands together. Knows their names and order, nothing of what they do."""
+
+from __future__ import annotations
+
+import typer
+
+from torchweave_ray.cli.bench import serving
+from torchweave_ray.cli.doctor import doctor
+from torchweave_ray.cli.optimize import optimize
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="torchweave",
+        help="LLM inference: Ray Serve in front, continuous batching behind.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.command()(optimize)
+    app.command()(doctor)
+    bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+    bench.command()(serving)
+    app.add_typer(bench, name="bench")
+    return app

@@ -1,0 +1,152 @@
+"""`torchweave bench serving`: options, and the report as JSON lines and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torchweave_ray.bench.points import Point
+    from torchweave_ray.bench.serving import ServingConfig, Target
+
+RESULTS = Path("benchmarks/results")
+
+Concurrency = Annotated[str, typer.Option(help="Clients at once; several points: 1,4,16,32.")]
+Requests = Annotated[
+    int | None,
+    typer.Option("--requests", "--iters", help="Requests a point. Default: 3 a client, >= 8."),
+]
+InputLen = Annotated[int, typer.Option(help="Words of a prompt; tokens with --tokenizer.")]
+OutputLen = Annotated[int, typer.Option(help="Tokens to generate; the end token is ignored.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Of the prompts. Default: new each time, for a server remembers prefixes."),
+]
+Save = Annotated[bool, typer.Option("--save", help="Write a results file with its origin.")]
+Results = Annotated[Path, typer.Option(help="Folder of the results file.")]
+
+
+def serving(
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = (
+        "http://127.0.0.1:8000"
+    ),
+    endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
+    model: Annotated[str | None, typer.Option(help="Default: the server's first.")] = None,
+    sse: Annotated[
+        str | None, typer.Option(help="Measure this /v1/generate address instead of --url.")
+    ] = None,
+    nobatch: Annotated[
+        str | None, typer.Option(help="Measure this /v1/generate_nobatch address too.")
+    ] = None,
+    concurrency: Concurrency = "1,4,16,32",
+    requests: Requests = None,
+    input_len: InputLen = 100,
+    output_len: OutputLen = 128,
+    warmup: Annotated[int | None, typer.Option(help="Default: one a client.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json: send exact token ids.")
+    ] = None,
+    cpu_of: Annotated[
+        list[int] | None,
+        typer.Option(help="Process id of the server: report its tree's CPU ms a token."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
+    seed: Seed = None,
+    save: Save = False,
+    results: Results = RESULTS,
+) -> None:
+    """Measure a running server with c clients, each sending its next request when answered.
+
+    One JSON line a point on stdout, then a table. Tokens are counted from the server's usage.
+    """
+    from torchweave_ray.bench.serving import ServingConfig, run_benchmark, run_in_loop
+
+    config = ServingConfig(
+        concurrency=_concurrency(concurrency),
+        requests=requests,
+        input_len=_positive("input-len", input_len),
+        output_len=_positive("output-len", output_len),
+        warmup=warmup,
+        seed=secrets.randbelow(2**31) if seed is None else seed,
+        timeout_s=timeout,
+        tokenizer=tokenizer,
+        cpu_of=tuple(cpu_of or ()),
+    )
+
+    async def main() -> tuple[list[Target], list[Point]]:
+        targets = await _targets(url, endpoint, model, sse, nobatch)
+        return targets, await run_benchmark(targets, config, _print_line)
+
+    try:
+        targets, points = run_in_loop(main())
+    except ProcessLookupError as error:
+        raise typer.BadParameter(str(error), param_hint="--cpu-of") from error
+    _report(points)
+    if save:
+        _save(results, config, targets, points)
+    if any(point.failed for point in points):
+        raise typer.Exit(1)
+
+
+async def _targets(
+    url: str, endpoint: str, model: str | None, sse: str | None, nobatch: str | None
+) -> list[Target]:
+    from torchweave_ray.bench.serving import ENDPOINTS, native_target, openai_target
+
+    if endpoint not in ENDPOINTS:
+        raise typer.BadParameter(f"one of {', '.join(ENDPOINTS)}", param_hint="--endpoint")
+    targets = []
+    if sse is not None:
+        targets.append(native_target("sse", sse))
+    if nobatch is not None:
+        targets.append(native_target("nobatch", nobatch))
+    return targets or [await openai_target(url, endpoint, model)]
+
+
+def _concurrency(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise typer.BadParameter(f"{text!r}: numbers such as 1,4,16", param_hint="--concurrency")
+    return values
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise typer.BadParameter("must be at least 1", param_hint=f"--{name}")
+    return value
+
+
+def _print_line(point: Point) -> None:
+    print(json.dumps(point.to_dict()), flush=True)
+
+
+def _save(folder: Path, config: ServingConfig, targets: list[Target], points: list[Point]) -> None:
+    from torchweave_ray.bench.origin import save_results
+
+    values = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
+    if "tokenizer" in values:
+        values["tokenizer"] = Path(values["tokenizer"]).name
+    values["targets"] = {t.name: t.url + t.dialect.path for t in targets}
+    path = save_results(folder, "serving", values, [p.to_dict() for p in points])
+    print(f"saved {path}", file=sys.stderr)
+
+
+def _report(points: list[Point]) -> None:
+    """The table, on stderr so that stdout stays JSON lines."""
+    from rich.console import Console
+
+    from torchweave_ray.bench.tables import points_table, unbatched_gain
+
+    console = Console(stderr=True)
+    console.print(points_table(points))
+    for line in unbatched_gain(points):
+        console.print(line)

@@ -1,0 +1,140 @@
+"""The doctor's checks: each looks at one thing and says ok, warn or fail in words.
+
+warn: it works, or will once `torchweave serve` has done its part. fail: serving cannot work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+from torchweave_ray.bench.origin import describe_machine
+from torchweave_ray.errors import TorchWeaveError
+
+MIN_MEMORY_GIB = 2.0
+MIN_DISK_GIB = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+
+
+def run_checks(port: int) -> list[Check]:
+    return [
+        _python(),
+        _packages(),
+        *_machine(),
+        _device(),
+        _kernels(),
+        *_artifacts(),
+        _port(port),
+    ]
+
+
+def _python() -> Check:
+    text = ".".join(map(str, sys.version_info[:3]))
+    status: Literal["ok", "fail"] = "ok" if sys.version_info >= (3, 11) else "fail"
+    return Check("python", status, f"{text} at {sys.executable}")
+
+
+def _packages() -> Check:
+    """Every requirement of our own metadata, by installed version. Imports nothing."""
+    from packaging.requirements import Requirement
+
+    found, wrong = [], []
+    for text in requires("torchweave-ray") or []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
+        elif requirement.name in ("ray", "torch", "transformers"):
+            found.append(f"{requirement.name} {installed}")
+    if wrong:
+        return Check("packages", "fail", "; ".join(wrong) + "; run `make setup`")
+    return Check("packages", "ok", ", ".join(found))
+
+
+def _machine() -> Iterator[Check]:
+    machine = describe_machine()
+    isa = ", ".join(machine.isa) or "no AVX2 or better"
+    yield Check("cpu", "ok", f"{machine.cpu}, {machine.cores} cores, {isa}")
+    enough = machine.memory_gib >= MIN_MEMORY_GIB
+    note = "" if enough else f"; at least {MIN_MEMORY_GIB:g} GiB are needed"
+    yield Check("memory", "ok" if enough else "fail", f"{machine.memory_gib} GiB{note}")
+
+
+def _device() -> Check:
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        return Check("device", "fail", f"torch cannot be loaded: {error}")
+    if not torch.cuda.is_available():
+        return Check("device", "ok", f"cpu, torch {torch.__version__}")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Check("device", "ok", f"cuda: {', '.join(names)}, torch {torch.__version__}")
+
+
+def _kernels() -> Check:
+    folder = Path(__file__).resolve().parent.parent / "kernels"
+    built = sorted(path.name for path in folder.rglob("*.so"))
+    if built:
+        return Check("kernels", "ok", f"native: {', '.join(built)}")
+    return Check("kernels", "warn", "no native kernels in this build: the torch executor serves")
+
+
+def _artifacts() -> Iterator[Check]:
+    from torchweave_ray.models.artifact import MANIFEST, verify_artifact
+
+    chosen = os.environ.get("ARTIFACT_MODEL_DIR")
+    store = Path(os.environ.get("ARTIFACT_DIR") or "artifacts").expanduser().absolute()
+    if chosen:
+        folders = [Path(chosen).expanduser()]
+    else:
+        folders = sorted(p.parent for p in store.glob(f"*/{MANIFEST}") if not p.parent.is_symlink())
+    for folder in folders:
+        try:
+            manifest = verify_artifact(folder)
+        except TorchWeaveError as error:
+            yield Check("artifact", "fail", str(error))
+        else:
+            yield Check("artifact", "ok", f"{folder} ({manifest.architecture}, {manifest.dtype})")
+    if not folders:
+        yield Check("artifact", "warn", f"none in {store} yet: `torchweave optimize` makes one")
+    yield _disk(store)
+
+
+def _disk(store: Path) -> Check:
+    place = next(path for path in (store, *store.parents) if path.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    if not os.access(place, os.W_OK):
+        return Check("store", "warn", f"{place} cannot be written: no model can be staged there")
+    if free < MIN_DISK_GIB:
+        return Check("store", "warn", f"only {free:.1f} GiB free at {place}")
+    return Check("store", "ok", f"{free:.1f} GiB free at {place}")
+
+
+def _port(port: int) -> Check:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError as error:
+            return Check("port", "warn", f"{port} cannot be taken: {error.strerror}")
+    return Check("port", "ok", f"{port} is free")
