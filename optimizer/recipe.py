@@ -113,7 +113,7 @@ def resolve_recipe(reference: str | Path | Recipe) -> Recipe:
     except ConfigError as error:
         hint = nearest(text, embedded)
         raise ConfigError(f"{error}; it is no recipe's name either{hint}") from error
-    return Recipe(name=_name_of(source), source=text)
+    return Recipe(name=_name_of(source), source=source.text)
 
 
 def _name_of(source: Source) -> str:

@@ -1,0 +1,89 @@
+"""Staging for replicas: by a Ray task on their own node, or directly where there is no Ray.
+
+The only file of the optimizer that knows Ray; it is imported inside functions only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from optimizer.pipeline import default_store, find_staged, optimize
+from optimizer.progress import LogProgress
+from optimizer.recipe import Recipe, resolve_recipe
+from optimizer.store import Store
+from torchweave_ray.errors import ArtifactError, TorchWeaveError
+from torchweave_ray.models.artifact import verify_artifact
+
+MAX_RETRIES = 3
+"""When the worker dies; the next one goes on where it was. Errors of ours are not retried."""
+
+
+def stage_artifact(recipe: str | Recipe, store: str | Path | None = None) -> Path:
+    """Stage in this process, or wait for the process that does; returns the artifact's folder."""
+    return optimize(recipe, None if store is None else Path(store), LogProgress())
+
+
+def stage_task() -> Any:
+    """`stage_artifact` as a Ray remote function. It takes no CPU: a replica may hold them all."""
+    import ray
+
+    return ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_stage_in_worker)
+
+
+def ensure_staged(
+    recipe: str | Recipe,
+    store: str | Path | None = None,
+    model_dir: str | Path | None = None,
+    full: bool = False,
+) -> Path:
+    """The folder of a checked artifact on this node. Blocks while it is staged: from a coroutine,
+    call it in a thread.
+
+    `store`: by default ARTIFACT_DIR, or ./artifacts. `model_dir`: an artifact, or a link to one,
+    to take as it is; by default ARTIFACT_MODEL_DIR. `full`: hash every file instead of comparing
+    size, mtime and inode. Raises ConfigError or ArtifactError, with the text to show a person.
+    """
+    chosen = model_dir or os.environ.get("ARTIFACT_MODEL_DIR")
+    if chosen:
+        directory = Path(chosen).expanduser().resolve()
+    else:
+        root = default_store() if store is None else Path(store).expanduser().absolute()
+        directory = _staged(resolve_recipe(recipe), root)
+    verify_artifact(directory, full=full)
+    return directory
+
+
+def _staged(recipe: Recipe, root: Path) -> Path:
+    if (found := find_staged(recipe, Store(root))) is not None:
+        return found
+    if not _ray_is_running():
+        return stage_artifact(recipe, root)
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    task = stage_task().options(scheduling_strategy=here, name=f"stage:{recipe.name}")
+    try:
+        return Path(ray.get(task.remote(recipe, str(root))))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TorchWeaveError):
+            raise error.cause from None  # without the worker's traceback: it is for a person
+        raise
+    except ray.exceptions.RayError as error:
+        raise ArtifactError(f"the task that stages {recipe.name} was lost: {error}") from error
+
+
+def _stage_in_worker(recipe: Recipe, store: str) -> str:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return str(stage_artifact(recipe, store))
+
+
+def _ray_is_running() -> bool:
+    try:
+        import ray
+    except ImportError:
+        return False  # staging works without Ray
+    return bool(ray.is_initialized())
