@@ -1,0 +1,181 @@
+"""The ASGI frame of every call: request ids, JSON bodies, and the client that leaves.
+
+Knows nothing of models: an `Endpoint` hands a `Call` to its handler and sends the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from torchweave_ray.api.errors import INTERNAL_ERROR, error_response
+from torchweave_ray.errors import InvalidRequest, RequestError, RequestTooLarge
+
+logger = logging.getLogger(__name__)
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = "torchweave.request_id"
+
+
+class Call:
+    """One POST: its JSON object, and the stack that closes whatever it opened."""
+
+    def __init__(self, body: dict[str, Any], stack: AsyncExitStack, started_at: float) -> None:
+        self.body = body
+        self.stack = stack
+        self.started_at = started_at
+        """On the monotonic clock, before the body was read."""
+        self.id = uuid.uuid4().hex
+        """Ours and unguessable: whoever knows it may stop the request."""
+        self.ignored: list[str] = []
+        """Fields that were accepted without effect; the answer lists them."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"X-Ignored-Params": ", ".join(self.ignored)} if self.ignored else {}
+
+
+Handler = Callable[[Call], Awaitable[ASGIApp]]
+
+
+class Endpoint:
+    """Runs a handler, then the answer that it gives, for as long as the client stays."""
+
+    def __init__(self, handler: Handler, max_body_bytes: int) -> None:
+        self._handler = handler
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_at = time.perf_counter()
+        raw = await _read_body(scope, receive, self._max_body_bytes)
+        body = _parse_object(raw)
+        # The stack unwinds last: a client that leaves must not disturb the closing.
+        async with AsyncExitStack() as stack:
+            call = Call(body, stack, started_at)
+            async with _WhileConnected(receive):
+                answer = await self._handler(call)
+                await answer(scope, receive, send)
+
+
+class RequestIds:
+    """Puts x-request-id on every answer; what nobody else caught becomes a plain 500.
+
+    A client's own id is echoed when it is harmless, and is never used for anything else.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        has_begun = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("x-request-id %s failed", request_id)
+            if has_begun:
+                raise
+            await error_response(RequestError(INTERNAL_ERROR))(scope, receive, send_with_id)
+
+
+class _WhileConnected:
+    """Cancels the current task when the client leaves, the way asyncio.timeout does in time."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._has_left = False
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._num_cancels = task.cancelling()
+        self._watch = asyncio.create_task(self._wait())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        self._watch.cancel()
+        if not self._has_left:
+            return False
+        only_ours = self._task.uncancel() <= self._num_cancels
+        return only_ours and kind is asyncio.CancelledError
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._has_left = True
+        self._task.cancel()
+
+
+async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Raises RequestTooLarge before reading when the length is announced."""
+    announced = Headers(scope=scope).get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_large(limit)
+    chunks, num_bytes = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b""
+        chunk: bytes = message.get("body", b"")
+        num_bytes += len(chunk)
+        if num_bytes > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the request body is over {limit} bytes", None, "body_too_large")
+
+
+def _parse_object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        detail = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(f"the body is not JSON: {detail}", None, "invalid_json") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object", None, "invalid_json")
+    if b"\\u" in raw:
+        _refuse_lone_surrogates(body)
+    return body
+
+
+def _refuse_lone_surrogates(body: dict[str, Any]) -> None:
+    """JSON can write half a character, which no text holds and no answer could repeat."""
+    for key, value in body.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            name = key.encode("utf-8", "replace").decode()
+            raise InvalidRequest(f"{name} holds half a surrogate pair", name) from None

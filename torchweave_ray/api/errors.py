@@ -1,0 +1,86 @@
+"""Errors as HTTP answers: one JSON shape, never a stack trace. Knows nothing of endpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from torchweave_ray.errors import (
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    Unavailable,
+)
+
+INTERNAL_ERROR = "internal server error; the server's log has it under this x-request-id"
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Status, body and, when trying again makes sense, Retry-After in whole seconds."""
+    headers = {}
+    if isinstance(error, Overloaded | Unavailable) or error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1.0)))
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+def error_json(error: RequestError) -> str:
+    """The same body for a stream that has begun. ASCII: no line separator can break a frame."""
+    return json.dumps(error.body())
+
+
+async def on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405 in our shape."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    message = {
+        404: f"there is no endpoint {path}",
+        405: f"{request.method} is not allowed on {path}",
+    }.get(error.status_code, error.detail)
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+
+
+def invalid_body(error: ValidationError) -> InvalidRequest:
+    """The first wrong field, in the client's words; a union's complaints are joined."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    field = _path(problems[0]["loc"])
+    complaints = dict.fromkeys(p["msg"] for p in problems if _path(p["loc"]) == field)
+    if problems[0]["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field {field!r}", field)
+    if problems[0]["type"] == "missing":
+        return InvalidRequest(f"{field} is required", field)
+    text = " or ".join(c.removeprefix("Value error, ") for c in complaints)
+    return InvalidRequest(f"{field}: {text[:1].lower()}{text[1:]}", field)
+
+
+def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """`error` with our field's name replaced by the one that the client wrote."""
+    name = names.get(error.param or "")
+    if name is None or error.param is None:
+        return error
+    return InvalidRequest(error.message.replace(error.param, name), name, error.code)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """`messages[0].content` from pydantic's location; its names of union members are left out."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in _UNION_MEMBERS and "[" not in part:
+            path += f".{part}" if path else part
+    return path
+
+
+_UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "TextPart"})

@@ -1,0 +1,193 @@
+"""One call's engine requests, run together: merged outputs, and what the call came to.
+
+Leaving the merged iterator early aborts every request of the call. Knows no protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
+
+from torchweave_ray.api.endpoint import Call
+from torchweave_ray.errors import RequestError, Unavailable
+from torchweave_ray.outputs import (
+    Backend,
+    ChoiceDelta,
+    FinishReason,
+    GenerateRequest,
+    RequestOutput,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def generate(
+    call: Call, backend: Backend, requests: Sequence[GenerateRequest]
+) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """(index of the request, its news); closed with the call at the latest."""
+    outputs = _one(backend, requests[0]) if len(requests) == 1 else _several(backend, requests)
+    call.stack.push_async_callback(outputs.aclose)
+    return outputs
+
+
+async def _one(
+    backend: Backend, request: GenerateRequest, index: int = 0
+) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    outputs = backend.generate(request)
+    is_last = False
+    try:
+        async for output in outputs:
+            is_last = output.is_last
+            yield index, output
+    finally:
+        await _close(outputs)
+    if not is_last:
+        raise Unavailable("the answer ended early")
+
+
+async def _several(
+    backend: Backend, requests: Sequence[GenerateRequest]
+) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """A task a request: as they share a queue, none waits for another one's client."""
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
+
+    async def pump(index: int, request: GenerateRequest) -> None:
+        try:
+            async for item in _one(backend, request, index):
+                queue.put_nowait(item)
+        except Exception as error:
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _close(outputs: AsyncIterator[RequestOutput]) -> None:
+    if isinstance(outputs, AsyncGenerator):
+        await outputs.aclose()
+
+
+class Progress:
+    """Counts and clocks of one call; writes its line in the log when the call ends."""
+
+    def __init__(self, call: Call, model: str) -> None:
+        self._call = call
+        self._model = model
+        self.ttft_s: float | None = None
+        """From the arrival of the HTTP request to its first token, as this process saw it."""
+        self.usage = Usage(0, 0, 0)
+        self.timings: Timings | None = None
+        """Of the request that took longest, when there were several prompts."""
+        self.failure: str | None = None
+        """Why a choice ended with finish_reason "error"."""
+        self._num_tokens = 0
+        self._finish_reasons: list[FinishReason] = []
+        call.stack.callback(self._log)
+
+    def note(self, output: RequestOutput) -> None:
+        for delta in output.deltas:
+            self._num_tokens += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                self._finish_reasons.append(delta.finish_reason)
+                if delta.finish_reason is FinishReason.ERROR:
+                    self.failure = delta.error or "the engine failed on this request"
+        if self.ttft_s is None and output.deltas:
+            self.ttft_s = time.perf_counter() - self._call.started_at
+        if (usage := output.usage) is not None:
+            self.usage = Usage(
+                self.usage.prompt_tokens + usage.prompt_tokens,
+                self.usage.completion_tokens + usage.completion_tokens,
+                self.usage.cached_tokens + usage.cached_tokens,
+            )
+        if (timings := output.timings) is not None and (
+            self.timings is None or timings.total_s > self.timings.total_s
+        ):
+            self.timings = timings
+
+    def usage_json(self) -> dict[str, Any]:
+        usage = self.usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        }
+
+    def timings_json(self) -> dict[str, float] | None:
+        """Seconds; an extension that OpenAI's clients pass over."""
+        if self.timings is None:
+            return None
+        return {
+            "queue_s": round(self.timings.queue_s, 6),
+            "ttft_s": round(self.timings.ttft_s, 6),
+            "total_s": round(self.timings.total_s, 6),
+        }
+
+    def _log(self) -> None:
+        total_s = time.perf_counter() - self._call.started_at
+        finish = ",".join(sorted({str(reason) for reason in self._finish_reasons})) or "none"
+        ttft = "none" if self.ttft_s is None else f"{self.ttft_s:.3f}s"
+        logger.info(
+            "[Request] id=%s model=%s ttft=%s total=%.3fs tokens=%d tokens/sec=%.1f finish=%s",
+            self._call.id,
+            self._model,
+            ttft,
+            total_s,
+            self._num_tokens,
+            self._num_tokens / total_s,
+            finish,
+        )
+
+
+class Choice:
+    """All that one choice said."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or ()
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_reason = delta.stop_reason
+
+
+async def collect(
+    outputs: AsyncIterator[tuple[int, RequestOutput]], progress: Progress, num_prompts: int, n: int
+) -> list[Choice]:
+    """The whole answer, choices of the first prompt first; raises when one of them failed."""
+    choices = [Choice() for _ in range(num_prompts * n)]
+    async for prompt_index, output in outputs:
+        progress.note(output)
+        for delta in output.deltas:
+            choices[prompt_index * n + delta.index].add(delta)
+    if progress.failure is not None:
+        raise RequestError(progress.failure, None, "generation_failed")
+    return choices

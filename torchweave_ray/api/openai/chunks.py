@@ -1,0 +1,130 @@
+"""Chunks of an OpenAI stream. What all chunks of a request share is rendered once, not per token.
+
+A shape (text completion or chat) says how text and its log-probabilities are written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torchweave_ray.api.errors import error_json
+from torchweave_ray.api.generation import Progress
+from torchweave_ray.api.sse import json_string
+from torchweave_ray.errors import RequestError
+from torchweave_ray.outputs import ChoiceDelta, RequestOutput
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What every chunk, and the whole answer, says of itself."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+
+class Shape(Protocol):
+    kind: str
+    opening: str | None
+    """What a choice's first chunk holds before any text; None: there is no such chunk."""
+    text_before: str
+    """Around the JSON string of a piece of text."""
+    text_after: str
+    empty: str
+    """In place of all that when a choice ends."""
+
+    def logprobs(self, index: int, delta: ChoiceDelta) -> dict[str, Any] | None: ...
+
+
+class ChunkWriter:
+    def __init__(
+        self,
+        identity: Identity,
+        shape: Shape,
+        progress: Progress,
+        num_choices: int,
+        include_usage: bool,
+    ) -> None:
+        self._shape = shape
+        self._progress = progress
+        self._n = num_choices
+        self._include_usage = include_usage
+        self._identity = identity
+        head = _compact(identity.head(shape.kind))[:-1]
+        self._head = f'data: {head},"choices":[{{"index":'
+        usage = ',"usage":null' if include_usage else ""
+        self._tail = f"}}]{usage}}}\n\n"
+        self._plain_tail = f'{shape.text_after},"logprobs":null,"finish_reason":null{self._tail}'
+        self._text_heads: dict[int, str] = {}
+        """By choice: all before the text. Also: the choices that were opened."""
+
+    def output(self, prompt_index: int, output: RequestOutput) -> bytes:
+        self._progress.note(output)
+        chunks = ""
+        for delta in output.deltas:
+            index = prompt_index * self._n + delta.index
+            text_head = self._text_heads.get(index)
+            if text_head is None:
+                text_head = f"{self._head}{index},{self._shape.text_before}"
+                self._text_heads[index] = text_head
+                if self._shape.opening is not None:
+                    chunks += self._chunk(index, self._shape.opening)
+            if delta.logprobs:
+                logprobs = _compact(self._shape.logprobs(index, delta))
+                text = f"{self._shape.text_before}{json_string(delta.text)}{self._shape.text_after}"
+                chunks += self._chunk(index, text, logprobs)
+            elif delta.text:
+                chunks += text_head + json_string(delta.text) + self._plain_tail
+            if delta.finish_reason is not None:
+                chunks += self._chunk(
+                    index,
+                    self._shape.empty,
+                    "null",
+                    f'"{delta.finish_reason}","stop_reason":{json.dumps(delta.stop_reason)}',
+                )
+        return chunks.encode()
+
+    def end(self) -> bytes:
+        last = b""
+        if self._include_usage:
+            closing = {
+                **self._identity.head(self._shape.kind),
+                "choices": [],
+                "usage": self._progress.usage_json(),
+                "timings": self._progress.timings_json(),
+            }
+            last = f"data: {_compact(closing)}\n\n".encode()
+        if self._progress.failure is not None:
+            failed = RequestError(self._progress.failure, None, "generation_failed")
+            return last + self.error(failed)
+        return last + DONE
+
+    def error(self, error: RequestError) -> bytes:
+        """OpenAI's clients raise APIError when they read it."""
+        return f"data: {error_json(error)}\n\n".encode() + DONE
+
+    def _chunk(
+        self, index: int, content: str, logprobs: str = "null", finish_reason: str = "null"
+    ) -> str:
+        return (
+            f'{self._head}{index},{content},"logprobs":{logprobs},'
+            f'"finish_reason":{finish_reason}{self._tail}'
+        )
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,172 @@
+"""From a validated body to requests in token ids: models, tokenizers, limits of the context.
+
+One `Service` stands behind every endpoint. Knows nothing of HTTP answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchweave_ray.api.settings import ApiSettings
+from torchweave_ray.errors import InvalidRequest, ModelNotFound, Unavailable
+from torchweave_ray.outputs import Backend, GenerateRequest, ModelInfo
+from torchweave_ray.sampling_params import MAX_SEED, SamplingParams
+from torchweave_ray.tokenizer import Tokenizer
+
+LoadTokenizer = Callable[[str], Awaitable[Tokenizer]]
+"""By model id."""
+
+_LONG_TEXT = 8_192
+"""Characters from which on a text is encoded in a thread: some 4 ms of one core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    info: ModelInfo
+    tokenizer: Tokenizer
+
+
+class Service:
+    def __init__(
+        self, backend: Backend, load_tokenizer: LoadTokenizer, settings: ApiSettings
+    ) -> None:
+        self.backend = backend
+        self.settings = settings
+        self._load_tokenizer = load_tokenizer
+        self._tokenizers: dict[str, tuple[str, asyncio.Task[Tokenizer]]] = {}
+
+    async def infos(self) -> list[ModelInfo]:
+        """Raises Unavailable when nothing is served."""
+        infos = await self.backend.models()
+        if not infos:
+            raise Unavailable("no model is served yet")
+        return infos
+
+    async def info(self, name: str | None) -> ModelInfo:
+        """The model that a request names, or the default; raises ModelNotFound."""
+        infos = await self.infos()
+        name = name if name is not None else self.settings.default_model
+        if name is None:
+            return infos[0]
+        for info in infos:
+            if info.id == name:
+                return info
+        served = ", ".join(info.id for info in infos)
+        raise ModelNotFound(f"no model {name!r}; there is {served}", "model", "model_not_found")
+
+    async def model(self, name: str | None) -> Model:
+        info = await self.info(name)
+        return Model(info, await self._tokenizer(info))
+
+    async def encode(
+        self, model: Model, text: str, param: str, add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """`param` names the field in the error for text that cannot be encoded."""
+        try:
+            if len(text) < _LONG_TEXT:
+                return tuple(model.tokenizer.encode(text, add_special_tokens))
+            return tuple(await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens))
+        except InvalidRequest as error:
+            raise InvalidRequest(error.message, param) from None
+
+    def sampling(
+        self,
+        fields: dict[str, Any],
+        max_tokens: int | None,
+        logprobs: int | None = None,
+    ) -> SamplingParams:
+        """What the client set over the operator's defaults. The seed is always set."""
+        settings = self.settings
+        defaults: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "seed": settings.seed if settings.seed is not None else _random_seed(),
+        }
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **(defaults | fields))
+
+    def requests(
+        self,
+        model: Model,
+        call_id: str,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: SamplingParams,
+        *,
+        n: int = 1,
+        cache_salt: str = "",
+        exclusive: bool = False,
+        seeded: bool = True,
+        prompt_param: str = "prompt",
+    ) -> list[GenerateRequest]:
+        """One for each prompt; raises InvalidRequest naming what does not fit the model.
+
+        Not `seeded`: each prompt after the first draws its own seed, so that equal prompts of
+        one call give different texts.
+        """
+        info = model.info
+        sampling.validate(info.vocab_size)
+        if sampling.seed + n - 1 > MAX_SEED:
+            raise InvalidRequest(f"seed + n must be at most {MAX_SEED}", "seed")
+        requests = []
+        for index, prompt in enumerate(prompts):
+            own = sampling if seeded or index == 0 else replace(sampling, seed=_random_seed())
+            requests.append(
+                GenerateRequest(
+                    request_id=call_id if len(prompts) == 1 else f"{call_id}-{index}",
+                    model=info.id,
+                    artifact_id=info.artifact_id,
+                    prompt_token_ids=prompt,
+                    sampling=self._within_context(info, prompt, own, prompt_param),
+                    n=n,
+                    cache_salt=cache_salt,
+                    exclusive=exclusive,
+                )
+            )
+        return requests
+
+    def _within_context(
+        self, info: ModelInfo, prompt: tuple[int, ...], sampling: SamplingParams, param: str
+    ) -> SamplingParams:
+        if not prompt:
+            raise InvalidRequest(f"{param} must not be empty", param)
+        if min(prompt) < 0 or max(prompt) >= info.vocab_size:
+            raise InvalidRequest(
+                f"{param}: token ids must be at least 0 and below {info.vocab_size}", param
+            )
+        room = info.max_model_len - len(prompt)
+        least = sampling.max_tokens or max(sampling.min_tokens, 1)
+        if least > room:
+            asked = "max_tokens" if sampling.max_tokens else "min_tokens"
+            raise InvalidRequest(
+                f"the context holds {info.max_model_len} tokens; the prompt has {len(prompt)}, "
+                f"and at least {least} more are asked for",
+                param if room < 1 else asked,
+                "context_length_exceeded",
+            )
+        default = self.settings.max_new_tokens
+        if sampling.max_tokens is None and default is not None:
+            return replace(sampling, max_tokens=max(min(default, room), least))
+        return sampling
+
+    async def _tokenizer(self, info: ModelInfo) -> Tokenizer:
+        """Loaded once for each artifact, however many ask at once; a failure is not kept."""
+        artifact_id, task = self._tokenizers.get(info.id, ("", None))
+        failed = task is not None and task.done() and (task.cancelled() or task.exception())
+        if task is None or failed or artifact_id != info.artifact_id:
+            task = asyncio.create_task(self._load(info.id))
+            self._tokenizers[info.id] = (info.artifact_id, task)
+        return await asyncio.shield(task)
+
+    async def _load(self, model_id: str) -> Tokenizer:
+        tokenizer = await self._load_tokenizer(model_id)
+        await asyncio.to_thread(tokenizer.warm)
+        return tokenizer
+
+
+def _random_seed() -> int:
+    """63 bits, and room for the choices of any n above it."""
+    return secrets.randbelow(MAX_SEED - (1 << 32))

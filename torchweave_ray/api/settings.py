@@ -1,0 +1,26 @@
+"""What an operator sets about the HTTP API. Knows neither environment nor YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """Defaults for requests that do not say, and limits of one HTTP call."""
+
+    default_model: str | None = None
+    """For a request that names no model; None: the first one served."""
+    max_new_tokens: int | None = None
+    """None: up to the context length."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    """None: every request draws its own."""
+    max_body_bytes: int = 4 << 20
+    """A longer request body is refused with 413."""
+    ping_interval_s: float = 15.0
+    """A stream that has been silent for so long sends a comment, so that proxies keep it."""
+    health_timeout_s: float = 5.0
+    """A backend that says nothing for so long is not healthy."""
