@@ -50,7 +50,7 @@ class BlockManager:
         if request.exclusive or request.output_kind is not OutputKind.TOKENS:
             return [], None
         source, end = seq.fork_source, seq.num_prompt_tokens - 1
-        if source is not None and source.num_computed_tokens >= end:
+        if source is not None and source.num_submitted_tokens >= end:
             full, rest = divmod(end, self.block_size)
             return source.block_table[:full], source.block_table[full] if rest else None
         return self._match_prefix(seq), None
@@ -118,7 +118,7 @@ class BlockManager:
         """
         blocks = seq.block_table[::-1]
         seq.block_table = []  # a new list: plans in flight keep the old one
-        seq.num_computed_tokens = 0
+        seq.num_computed_tokens = seq.num_submitted_tokens = 0
         if fence is None:
             self._release(blocks)
         elif blocks:

@@ -27,13 +27,16 @@ class TextStream:
         self._num_tokens += 1
         return self._extend(self._decoder.step(token_id))
 
-    def flush(self) -> str:
-        """The rest, when the sequence ends; nothing follows a matched stop string."""
+    def flush(self, end_token_id: int | None = None) -> str:
+        """The rest, when the sequence ends; nothing follows a matched stop string.
+
+        `end_token_id`: a stop token whose text is wanted; it can match no stop string any more.
+        """
         if self.matched is not None:
             return ""
-        released = self._extend(self._decoder.flush())
-        if self.matched is None:
-            released, self._tail = released + self._tail, ""
+        if end_token_id is not None:
+            self._tail += self._decoder.step(end_token_id)
+        released, self._tail = self._tail + self._decoder.flush(), ""
         return released
 
     def _extend(self, piece: str) -> str:

@@ -115,9 +115,8 @@ class Engine:
         if not request.output_token_ids:
             return
         stop = seq.stop_of(len(seq.token_ids) - 1, self.limits.eos_token_ids)
-        is_end_token = stop is not None and stop[0] is FinishReason.STOP
-        silent = is_end_token and not request.sampling.include_stop_str_in_output
-        if self._outputs.resume(seq, silent):
+        is_ended = stop is not None and stop[0] is FinishReason.STOP
+        if self._outputs.resume(seq, is_ended):
             stop = FinishReason.STOP, None
         if stop is not None:
             self._scheduler.finish(seq, *stop)

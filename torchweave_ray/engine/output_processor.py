@@ -41,17 +41,19 @@ class OutputProcessor:
         self._clock = clock
         self._streams: dict[int, _ChoiceStream] = {}
 
-    def resume(self, seq: Sequence, end_token: bool) -> bool:
+    def resume(self, seq: Sequence, is_ended: bool) -> bool:
         """Replay a resumed sequence's tokens; True if a stop string ends it.
 
-        `end_token`: its last token ended it, and has no text.
+        `is_ended`: its last token was a stop token, whose text can match nothing.
         """
         stream = self._open(seq)
         tokens = seq.state.request.output_token_ids
-        for token_id in tokens[:-1] if end_token else tokens:
+        for token_id in tokens[:-1] if is_ended else tokens:
             stream.replayed += stream.text.push(token_id)
             if stream.text.matched is not None:
                 return True
+        if is_ended and seq.state.request.sampling.include_stop_str_in_output:
+            stream.replayed += stream.text.flush(tokens[-1])
         return False
 
     def process(self, updates: Iterable[SequenceUpdate]) -> list[RequestOutput]:
@@ -65,14 +67,17 @@ class OutputProcessor:
         seq = update.seq
         stream = self._streams.get(seq.seq_id) or self._open(seq)
         text, stream.replayed = stream.replayed, ""
+        end_token_id = None
         for token_id in update.token_ids:
-            if not self._is_silent_end(seq):
+            if seq.finish_reason is not FinishReason.STOP:
                 text += stream.text.push(token_id)
+            elif seq.state.request.sampling.include_stop_str_in_output:
+                end_token_id = token_id
         matched = stream.text.matched
         if matched is not None:
             self._scheduler.finish(seq, FinishReason.STOP, matched)
         if seq.is_finished:
-            text += stream.text.flush()
+            text += stream.text.flush(end_token_id)
             del self._streams[seq.seq_id]
         skipped = min(stream.num_chars_to_skip, len(text))
         stream.num_chars_to_skip -= skipped
@@ -122,13 +127,6 @@ class OutputProcessor:
         )
         self._streams[seq.seq_id] = stream
         return stream
-
-    def _is_silent_end(self, seq: Sequence) -> bool:
-        """The token just drawn ended the sequence, and its text is not wanted."""
-        return (
-            seq.finish_reason is FinishReason.STOP
-            and not seq.state.request.sampling.include_stop_str_in_output
-        )
 
 
 def _usage(state: RequestState) -> Usage:

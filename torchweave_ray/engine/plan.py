@@ -120,7 +120,10 @@ class Runner(Protocol):
     def submit(self, plan: StepPlan) -> PendingStep: ...
 
     def release(self, seq_id: int) -> None:
-        """This sequence is over or preempted: forget what is kept for it. Called between steps."""
+        """Forget what is kept for a sequence that is over or preempted.
+
+        Called between submits; a step submitted before still sees it. The id may come again.
+        """
         ...
 
     def close(self) -> None: ...

@@ -145,6 +145,7 @@ class Scheduler:
         self.num_steps += 1
         for item in step.items:
             item.seq.last_step = self.num_steps
+            item.seq.num_submitted_tokens = item.seq.num_computed_tokens
         self._steps.append((self.num_steps, step.items))
         return step.plan()
 

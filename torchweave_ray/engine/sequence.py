@@ -82,6 +82,7 @@ class Sequence:
         "max_total_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_submitted_tokens",
         "root_hash",
         "seq_id",
         "state",
@@ -108,6 +109,8 @@ class Sequence:
         self.arrival_step = arrival_step
         self.status = SequenceStatus.WAITING
         self.num_computed_tokens = 0
+        self.num_submitted_tokens = 0
+        """Of the computed ones, those of steps submitted already: a block copy may read them."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""

@@ -1,0 +1,243 @@
+"""A runner without a model, for tests: its "KV" of a position is a hash chain over the prefix.
+
+KV is written to slots and read back through the block table, so, like real KV, it depends on the
+whole prefix and is wrong as soon as a block is shared, freed or copied wrongly. Also the same
+generation computed alone, as the reference, and a letter-per-token detokenizer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torchweave_ray.engine.plan import (
+    IN_FLIGHT,
+    PendingStep,
+    RuntimeLimits,
+    ScheduledSequence,
+    StepOutput,
+    StepPlan,
+    StepResult,
+)
+from torchweave_ray.outputs import FinishReason, GenerateRequest, OutputKind, TokenLogprobs
+
+VOCAB = 40
+EOS = 0
+_MASK = (1 << 61) - 1
+
+
+def chain(previous: int, token_id: int) -> int:
+    return (previous * 1_000_003 + token_id * 7_919 + 12_345) & _MASK
+
+
+def draw(kv: int, seed: int, output_index: int, banned: Sequence[int]) -> int:
+    token_id = (kv * 31 + seed * 1_009 + output_index * 17) >> 7
+    while token_id % VOCAB in banned:
+        token_id += 1
+    return token_id % VOCAB
+
+
+def logprob_of(kv: int, token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id, -float(kv % 1000), 1)
+
+
+@dataclass
+class _Row:
+    """A scheduled sequence as it was at submit."""
+
+    entry: ScheduledSequence
+    tokens: list[int]  # of positions start .. start + num_tokens
+    block_table: list[int]
+
+
+@dataclass
+class EchoStep:
+    runner: EchoRunner
+    rows: list[_Row]
+    copies: tuple[tuple[int, int], ...]
+    released: list[int] = field(default_factory=list)
+    """Released after this step was submitted: it still sees their state."""
+
+    def result(self) -> StepResult:
+        return self.runner.execute(self)
+
+
+@dataclass
+class EchoRunner:
+    """Steps are executed when their result is asked for, in order, as a device queue would."""
+
+    limits: RuntimeLimits
+    poisoned_seeds: frozenset[int] = frozenset()
+    plans: list[StepPlan] = field(default_factory=list)
+    kv: dict[int, int] = field(default_factory=dict)
+    last_sampled: dict[int, int] = field(default_factory=dict)
+    queue: deque[EchoStep] = field(default_factory=deque)
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        rows = [
+            _Row(e, list(e.token_ids[e.start : e.start + e.num_tokens]), list(e.block_table))
+            for e in plan.sequences
+        ]
+        step = EchoStep(self, rows, plan.block_copies)
+        self.queue.append(step)
+        assert len(self.queue) <= self.limits.step_depth + 1
+        self.plans.append(plan)
+        return step
+
+    def release(self, seq_id: int) -> None:
+        if self.queue:
+            self.queue[-1].released.append(seq_id)
+        else:
+            self.last_sampled.pop(seq_id, None)
+
+    def close(self) -> None:
+        assert not self.queue
+
+    def execute(self, step: EchoStep) -> StepResult:
+        assert self.queue.popleft() is step, "results are asked for in order"
+        size = self.limits.block_size
+        for source, destination in step.copies:
+            for offset in range(size):
+                if source * size + offset in self.kv:
+                    self.kv[destination * size + offset] = self.kv[source * size + offset]
+        token_ids: list[list[int]] = []
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        pooled: dict[int, list[float]] = {}
+        failed: dict[int, str] = {}
+        for row in step.rows:
+            entry = row.entry
+            if entry.seed in self.poisoned_seeds:
+                failed[entry.seq_id] = "poisoned"
+                token_ids.append([])
+                continue
+            kvs = self._compute(row)
+            sampled: list[int] = []
+            if entry.output is StepOutput.SAMPLE:
+                token_id = draw(kvs[-1], entry.seed, entry.output_index, entry.banned_token_ids)
+                sampled = [token_id]
+                self.last_sampled[entry.seq_id] = token_id
+            elif entry.output is StepOutput.PROMPT_LOGPROBS:
+                following = entry.token_ids[entry.start + 1 : entry.start + entry.num_tokens + 1]
+                prompt_logprobs[entry.seq_id] = [
+                    logprob_of(kv, token_id) for kv, token_id in zip(kvs, following, strict=True)
+                ]
+            elif entry.output is StepOutput.POOL:
+                pooled[entry.seq_id] = [float(kvs[-1])]
+            token_ids.append(sampled)
+        for seq_id in step.released:
+            self.last_sampled.pop(seq_id, None)
+        return StepResult(token_ids, (), prompt_logprobs, pooled, failed)
+
+    def _compute(self, row: _Row) -> list[int]:
+        """Write this row's KV, each from the one read back before it."""
+        entry = row.entry
+        kvs = []
+        for position, token_id in enumerate(row.tokens, entry.start):
+            if token_id == IN_FLIGHT:
+                token_id = self.last_sampled[entry.seq_id]
+            previous = self.kv[self._slot(row, position - 1)] if position else 0
+            kvs.append(chain(previous, token_id))
+            self.kv[self._slot(row, position)] = kvs[-1]
+        return kvs
+
+    def _slot(self, row: _Row, position: int) -> int:
+        size = self.limits.block_size
+        return row.block_table[position // size] * size + position % size
+
+
+class LetterDecoder:
+    """Token 7 and its multiples end with a letter that only the next token completes."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def step(self, token_id: int) -> str:
+        text, self._held = self._held + letter(token_id), ""
+        if token_id and token_id % 7 == 0:
+            text, self._held = text[:-1], text[-1]
+        return text
+
+    def flush(self) -> str:
+        text, self._held = self._held, ""
+        return text
+
+
+class LetterDetokenizer:
+    def decoder(self, skip_special_tokens: bool) -> LetterDecoder:
+        return LetterDecoder()
+
+
+def letter(token_id: int) -> str:
+    return "" if token_id == EOS else "abcde"[token_id % 5] * (1 + token_id % 3)
+
+
+@dataclass(frozen=True)
+class Expected:
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    released: list[int]
+    """Characters that may have been released after each token."""
+
+
+def expected(request: GenerateRequest, index: int, max_model_len: int) -> Expected:
+    """What choice `index` must give, computed alone and by brute force over whole texts."""
+    sampling = request.sampling
+    kv = 0
+    for token_id in request.prompt_token_ids:
+        kv = chain(kv, token_id)
+    limit = min(sampling.max_tokens or max_model_len, max_model_len - len(request.prompt_token_ids))
+    ends = (EOS, *sampling.stop_token_ids)
+    tokens: list[int] = []
+    decoder = LetterDecoder()
+    text = ""
+    released: list[int] = []
+    while True:
+        banned = ends if len(tokens) < sampling.min_tokens else ()
+        token_id = draw(kv, sampling.seed + index, len(tokens), banned)
+        tokens.append(token_id)
+        kv = chain(kv, token_id)
+        past_minimum = len(tokens) > sampling.min_tokens
+        is_end = past_minimum and (
+            (token_id == EOS and not sampling.ignore_eos) or token_id in sampling.stop_token_ids
+        )
+        if is_end:
+            reason = None if token_id == EOS and not sampling.ignore_eos else token_id
+            if sampling.include_stop_str_in_output:
+                text += decoder.step(token_id)
+            text += decoder.flush()
+            return Expected(tokens, text, FinishReason.STOP, reason, released)
+        before = len(text)
+        text += decoder.step(token_id)
+        cut = (
+            _first_stop(text, before, sampling.stop) if len(tokens) >= sampling.min_tokens else None
+        )
+        if cut is not None:
+            end, stop = cut
+            if not sampling.include_stop_str_in_output:
+                end -= len(stop)
+            return Expected(tokens, text[:end], FinishReason.STOP, stop, released)
+        released.append(len(text) - _held(text, sampling.stop))
+        if len(tokens) == limit:
+            text += decoder.flush()
+            return Expected(tokens, text, FinishReason.LENGTH, None, released)
+
+
+def _first_stop(text: str, before: int, stops: Sequence[str]) -> tuple[int, str] | None:
+    """The stop string that is complete first, character by character; the longest of several."""
+    for end in range(before + 1, len(text) + 1):
+        ending = [s for s in stops if text[:end].endswith(s)]
+        if ending:
+            return end, max(ending, key=len)
+    return None
+
+
+def _held(text: str, stops: Sequence[str]) -> int:
+    sizes = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
+    return max(sizes, default=0)
+
+
+def wants_tokens(request: GenerateRequest) -> bool:
+    return request.output_kind is not OutputKind.POOLED
