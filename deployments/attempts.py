@@ -36,6 +36,7 @@ class ModelClient:
         self.generate = self.handle.options(method_name="generate")
         self.generate_stream = self.handle.options(method_name="generate_stream", stream=True)
         self.describe = self.handle.options(method_name="describe")
+        self.ping = self.handle.options(method_name="ping")
 
 
 async def over_bus(

@@ -10,14 +10,16 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import fields, replace
+from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.attempts import Lost, ModelClient, choices_over_handle, over_bus, over_handle
 from deployments.bus import BusListener
-from deployments.calls import Description
+from deployments.calls import Description, EngineFailed
 from deployments.progress import Progress
+from deployments.status import why_down
 from torchweave_ray.errors import ModelNotFound, Unavailable
 from torchweave_ray.outputs import GenerateRequest, ModelInfo, OutputKind, RequestOutput, Stats
 
@@ -29,6 +31,7 @@ RESUME_WAIT_S = 0.2
 DESCRIBE_TIMEOUT_S = 30.0
 """Longest wait of a request for a model whose first replica is still starting."""
 STATS_TIMEOUT_S = 5.0
+PING_TIMEOUT_S = 2.0
 MAX_CHUNK_INTERVAL_S = 0.05
 
 
@@ -96,6 +99,13 @@ class RayBackend:
             reason = f"no replica of {model} can answer: {error}"
             raise Unavailable(reason, None, None, 5.0) from None
 
+    async def check_health(self) -> None:
+        """Raises Unavailable, with the reason, when no replica of any model answers now."""
+        pings = [self._ping(model, client) for model, client in self.clients.items()]
+        reasons = await asyncio.gather(*pings)
+        if all(reasons):
+            raise Unavailable("; ".join(filter(None, reasons)), None, None, 5.0)
+
     async def stats(self) -> dict[str, Stats]:
         """By model, summed over the replicas that answer."""
         sums: dict[str, Stats] = {}
@@ -108,6 +118,18 @@ class RayBackend:
                 answers = []
             sums[model] = _sum([each for each in answers if isinstance(each, Stats)])
         return sums
+
+    async def _ping(self, model: str, client: ModelClient) -> str | None:
+        """None, or why no replica of this model answers."""
+        response = client.ping.remote()
+        try:
+            failed = await asyncio.wait_for(_await(response), PING_TIMEOUT_S)
+            return f"{model}: {failed.reason}" if isinstance(failed, EngineFailed) else None
+        except (TimeoutError, RayError, DeploymentUnavailableError) as error:
+            message = await why_down(client.handle.deployment_name)
+            return f"{model}: {message or f'no replica answers ({type(error).__name__})'}"
+        finally:
+            response.cancel()
 
     def _client(self, model: str) -> ModelClient:
         client = self.clients.get(model)
@@ -150,6 +172,10 @@ class RayBackend:
         interval = min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S)
         if interval > 0:
             await asyncio.sleep(interval)
+
+
+async def _await(response: Any) -> Any:
+    return await response
 
 
 async def _ask(client: ModelClient) -> Description:

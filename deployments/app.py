@@ -1,0 +1,100 @@
+"""The application: `build` for `serve_config.yaml`, and `app`, the same with its defaults.
+
+Decides names and places; needs neither a running cluster nor torch, which only replicas load.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.args import AppArgs, ModelArgs
+from deployments.environment import apply_environment
+from deployments.ingress import Ingress, IngressConfig
+from deployments.log import log_through_serve
+from deployments.placement import Placement, place, probe_cluster
+from deployments.replica import ModelReplica, ReplicaConfig
+
+LONGEST_STREAM_S = 600.0
+"""How long a replica that is told to stop waits for its streams."""
+MAX_ONGOING_REQUESTS = 10_000
+"""Serve queues nothing: the engine has the only queue, and refuses by its exact backlog."""
+SAME_LOOP = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    "RAY_SERVE_LOG_TO_STDERR": "1",
+}
+"""User code, router and replica share one event loop: no thread hop a message. Nothing of ours
+blocks it. There is no access log, so the rest of the log needs no buffer."""
+
+
+def build(args: AppArgs) -> Application:
+    """Raises ConfigError for what cannot be served."""
+    log_through_serve()
+    args = apply_environment(args, os.environ)
+    placements = place(args, probe_cluster())
+    replicas = {
+        model.name: _replica(model, placement, args)
+        for model, placement in zip(args.models, placements, strict=True)
+    }
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        num_replicas=args.ingress.num_replicas,
+        ray_actor_options=_actor_options(args.ingress.num_cpus, 0),
+        **_options(),
+    )
+    return ingress.bind(IngressConfig(args.api_settings, args.ingress.bus), replicas)
+
+
+def deployment_name(model: str) -> str:
+    """Serve makes file names of it, so a Hugging Face id's slash has to go."""
+    return f"ModelReplica:{model.replace('/', '--')}"
+
+
+def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Application:
+    model = model.model_copy(
+        update={"recipe": _absolute(model.recipe), "artifact": _absolute(model.artifact)}
+    )
+    deployment = serve.deployment(ModelReplica).options(
+        name=deployment_name(model.name),
+        num_replicas=model.num_replicas,
+        ray_actor_options=_actor_options(placement.num_cpus, placement.num_gpus),
+        **_options(),
+    )
+    return deployment.bind(ReplicaConfig(model, placement, _absolute(args.artifact_dir)))
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_timeout_s": LONGEST_STREAM_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 20.0,
+        "logging_config": {"enable_access_log": False},
+    }
+
+
+def _actor_options(num_cpus: float, num_gpus: float) -> dict[str, Any]:
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "runtime_env": {"env_vars": SAME_LOOP},
+    }
+
+
+def _absolute(path: str | None) -> str | None:
+    """Of something that exists here, its place: a replica may run in another folder."""
+    return str(Path(path).expanduser().absolute()) if path and Path(path).exists() else path
+
+
+def __getattr__(name: str) -> Application:
+    """`app`, built when it is asked for: importing `build` alone builds nothing."""
+    if name == "app":
+        return build(AppArgs())
+    raise AttributeError(name)

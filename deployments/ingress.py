@@ -1,0 +1,143 @@
+"""`Ingress`: the HTTP API over the replicas, and the Python API of `serve.get_app_handle`.
+
+Never loads torch: it tokenises, renders and validates with what the replicas describe. Its
+constructor waits for no model, so that health can say why none answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, fields
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+
+from deployments.attempts import ModelClient
+from deployments.backend import RayBackend
+from deployments.bus import BusListener
+from deployments.log import log_through_serve
+from torchweave_ray.api.app import create_app
+from torchweave_ray.api.service import Service
+from torchweave_ray.api.settings import ApiSettings
+from torchweave_ray.errors import InvalidRequest, TorchWeaveError, nearest
+from torchweave_ray.outputs import RequestOutput
+from torchweave_ray.sampling_params import SamplingParams
+from torchweave_ray.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CHUNK_INTERVAL_S = 0.0015
+"""What a chunk costs without HAProxy: its Python proxy takes most of a millisecond for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class IngressConfig:
+    api: ApiSettings
+    bus: bool
+
+
+@serve.ingress()
+class Ingress:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it, inside its loop
+        self, config: IngressConfig, models: Mapping[str, DeploymentHandle[Any]]
+    ) -> None:
+        log_through_serve()
+        bus = BusListener() if config.bus else None
+        if bus is not None:
+            await bus.start(_host())
+        has_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+        self._backend = RayBackend(
+            {model: ModelClient(handle) for model, handle in models.items()},
+            bus,
+            chunk_interval_s=0.0 if has_haproxy else CHUNK_INTERVAL_S,
+        )
+        self._tokenizers: dict[str, asyncio.Task[Tokenizer]] = {}
+        self._service = Service(self._backend, self._load_tokenizer, config.api)
+        self._app = create_app(
+            self._backend, self._load_tokenizer, config.api, self._backend.check_health
+        )
+        self._warmups = [asyncio.create_task(self._warm(model)) for model in models]
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return self._app
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        model: str | None = None,
+        n: int = 1,
+        cache_salt: str = "",
+        **sampling: Any,
+    ) -> AsyncGenerator[RequestOutput]:
+        """For Python: `serve.get_app_handle("torchweave").options(stream=True).generate.remote(
+        "What is gravity?", max_tokens=32)` yields outputs until one `is_last`.
+
+        `sampling` are SamplingParams' fields. Raises RequestError; cancel the response to leave
+        early.
+        """
+        served = await self._service.model(model)
+        if (prompt is None) == (messages is None):
+            raise InvalidRequest("give either a prompt or messages", "prompt")
+        if messages is not None:
+            chat = served.tokenizer.render_chat(messages)
+            ids = await self._service.encode(served, chat, "messages", add_special_tokens=False)
+        elif isinstance(prompt, str):
+            ids = await self._service.encode(served, prompt, "prompt")
+        else:
+            ids = tuple(prompt or ())
+        params = self._service.sampling(*_split(sampling))
+        call_id = f"py-{uuid.uuid4().hex}"
+        (request,) = self._service.requests(
+            served, call_id, [ids], params, n=n, cache_salt=cache_salt
+        )
+        async with aclosing(self._backend.generate(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _load_tokenizer(self, model: str) -> Tokenizer:
+        """One for HTTP and Python; read again only when reading it failed."""
+        task = self._tokenizers.get(model)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = asyncio.create_task(self._read_tokenizer(model))
+            self._tokenizers[model] = task
+        return await asyncio.shield(task)
+
+    async def _read_tokenizer(self, model: str) -> Tokenizer:
+        description = await self._backend.describe(model)
+        return await asyncio.to_thread(Tokenizer.from_files, description.files)
+
+    async def _warm(self, model: str) -> None:
+        """Have tokenizer and template ready before the first request, whenever the model is."""
+        while True:
+            try:
+                tokenizer = await self._load_tokenizer(model)
+            except TorchWeaveError as error:
+                logger.info("[Start] %s: %s", model, error)
+                await asyncio.sleep(1.0)
+            else:
+                return await asyncio.to_thread(tokenizer.warm)
+
+
+def _split(sampling: dict[str, Any]) -> tuple[dict[str, Any], int | None, int | None]:
+    """(other fields, max_tokens, logprobs); raises InvalidRequest naming an unknown field."""
+    known = {field.name for field in fields(SamplingParams)}
+    for name in sampling:
+        if name not in known:
+            raise InvalidRequest(f"unknown field {name!r}{nearest(name, known)}", name)
+    rest = dict(sampling)
+    return rest, rest.pop("max_tokens", None), rest.pop("logprobs", None)
+
+
+def _host() -> str:
+    """This node's address for the replicas; without a cluster they are in this process."""
+    return ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"

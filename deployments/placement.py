@@ -1,0 +1,87 @@
+"""How many CPUs and GPUs a replica asks Ray for. Pure arithmetic but for `probe_cluster`.
+
+Asks for no more than exists, and leaves the ingresses their share, so that the application can
+always be scheduled. Ray's CPUs are bookkeeping: a replica computes with all its node's cores,
+divided by the replicas there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from deployments.args import AppArgs, ModelArgs
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    node_cpus: float
+    """Of the smallest node that has any."""
+    num_nodes: int
+    num_gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    num_cpus: float
+    num_gpus: float
+    replicas_per_device: int
+    """That share one GPU, or a node's cores and memory."""
+
+
+def probe_cluster() -> Cluster:
+    """The running cluster, or this machine when Ray has not started yet."""
+    if ray.is_initialized():
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus = [resources["CPU"] for resources in nodes if resources.get("CPU", 0) > 0]
+        gpus = sum(resources.get("GPU", 0) for resources in nodes)
+        return Cluster(min(cpus, default=1), max(1, len(cpus)), gpus)
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return Cluster(os.cpu_count() or 1, 1, gpus)
+
+
+def place(args: AppArgs, cluster: Cluster) -> list[Placement]:
+    """One placement a model."""
+    gpu_models = [model for model in args.models if _wants_gpu(model, cluster)]
+    cpu_models = [model for model in args.models if model not in gpu_models]
+    num_on_gpu = sum(model.num_replicas for model in gpu_models)
+    num_on_cpu = sum(model.num_replicas for model in cpu_models)
+    gpu_share = _gpu_share(num_on_gpu, cluster)
+    per_node = max(1, math.ceil(num_on_cpu / cluster.num_nodes))
+    free = cluster.node_cpus - args.ingress.num_cpus * args.ingress.num_replicas - num_on_gpu
+    cpu_share = _cpu_share(free, per_node)
+    placements = []
+    for model in args.models:
+        if model in gpu_models:
+            share = model.num_gpus or gpu_share
+            sharing = max(1, math.floor(1 / share)) if share < 1 else 1
+            placements.append(Placement(model.num_cpus or 1, share, sharing))
+        else:
+            placements.append(Placement(model.num_cpus or cpu_share, 0, per_node))
+    return placements
+
+
+def _wants_gpu(model: ModelArgs, cluster: Cluster) -> bool:
+    """`cuda` asks for a GPU even where there is none yet: an autoscaler may bring it."""
+    return model.device == "cuda" or (model.device == "auto" and cluster.num_gpus > 0)
+
+
+def _gpu_share(num_replicas: int, cluster: Cluster) -> float:
+    if not cluster.num_gpus or num_replicas <= cluster.num_gpus:
+        return 1
+    return 1 / math.ceil(num_replicas / cluster.num_gpus)
+
+
+def _cpu_share(free: float, replicas: int) -> float:
+    """Whole CPUs where there is one for each replica, else tenths."""
+    share = free / replicas
+    return math.floor(share) if share >= 1 else max(0.1, math.floor(share * 10) / 10)
+
+
+def threads_of(model: ModelArgs, placement: Placement, cores: int) -> int:
+    """CPU threads of a replica on a node where this process may use so many cores."""
+    return model.threads or max(1, cores // placement.replicas_per_device)

@@ -1,0 +1,194 @@
+"""`ModelReplica`: one engine behind Serve. Stages its artifact, loads it, answers calls.
+
+Control comes by handle calls; tokens leave by the bus, or as items of the call. Everything heavy
+is imported when the replica starts: the builder imports this file too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deployments.args import DEFAULT_RECIPE, ModelArgs
+from deployments.bus_sender import BusError, BusSender
+from deployments.calls import (
+    BusFailed,
+    CallResult,
+    Description,
+    EngineFailed,
+    Finished,
+    StreamItem,
+)
+from deployments.log import log_through_serve
+from deployments.placement import Placement, threads_of
+from optimizer.task import ensure_staged
+from torchweave_ray.config import EngineConfig, SchedulerConfig, from_mapping
+from torchweave_ray.errors import EngineError, RequestError, TorchWeaveError
+from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
+from torchweave_ray.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+if TYPE_CHECKING:
+    from torchweave_ray.build import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    model: ModelArgs
+    placement: Placement
+    artifact_dir: str | None
+
+    def engine_config(self, cores: int) -> EngineConfig:
+        """What the operator wrote, with what follows from where this replica was placed."""
+        config = EngineConfig.from_dict(self.model.engine)
+        runner = replace(
+            config.runner,
+            device="cuda" if self.placement.num_gpus else "cpu",
+            threads=threads_of(self.model, self.placement, cores),
+        )
+        cache = config.cache
+        if "replicas_per_node" not in self.model.engine.get("cache", {}):
+            cache = replace(cache, replicas_per_node=self.placement.replicas_per_device)
+        return replace(config, runner=runner, cache=cache)
+
+
+class ModelReplica:
+    # Serve awaits it, inside the loop that the engine and the bus then live on.
+    async def __init__(self, config: ReplicaConfig) -> None:  # type: ignore[misc]
+        from torchweave_ray.build import build_engine
+        from torchweave_ray.engine.async_engine import AsyncEngine
+
+        log_through_serve()
+        self._startup_s: dict[str, float] = {}
+        self._scheduler = config.model.engine.get("scheduler", {})
+        cores = len(os.sched_getaffinity(0))
+        engine_config = config.engine_config(cores)
+        # In threads: this loop answers Serve's own probes meanwhile.
+        loaded = await asyncio.to_thread(self._load, config, engine_config)
+        tokenizer = load_tokenizer(loaded.tokenizer_dir)
+        self._info = loaded.info
+        self._files = _read_files(loaded.tokenizer_dir)
+        self._bus = BusSender(f"{loaded.info.id}:{os.getpid()}")
+        self._engine = AsyncEngine(
+            build_engine(loaded, engine_config, tokenizer),
+            loaded.info,
+            stats_interval_s=engine_config.stats_interval_s,
+            after_step=self._bus.flush,
+        )
+        self._engine.start()
+        self._say_hello(config, engine_config, cores)
+
+    def _load(self, config: ReplicaConfig, engine_config: EngineConfig) -> LoadedModel:
+        from torchweave_ray.build import load_model
+
+        start = time.perf_counter()
+        model = config.model
+        directory = ensure_staged(
+            model.recipe or DEFAULT_RECIPE, store=config.artifact_dir, model_dir=model.artifact
+        )
+        self._startup_s["stage"] = time.perf_counter() - start
+        loaded = load_model(directory, engine_config, model.name)
+        self._startup_s.update(loaded.startup_s)
+        return loaded
+
+    async def generate(self, request: GenerateRequest, stream_id: int) -> CallResult:
+        """Tokens go by the bus to `request.delivery`; stays open until the last one has left."""
+        ended: asyncio.Future[RequestOutput | TorchWeaveError | BusFailed]
+        ended = asyncio.get_running_loop().create_future()
+
+        def end(how: RequestOutput | TorchWeaveError | BusFailed) -> None:
+            if not ended.done():
+                ended.set_result(how)
+
+        assert request.delivery is not None, "a call for the bus carries the bus's address"
+        try:
+            lost = BusFailed("the ingress's bus connection was lost")
+            stream = await self._bus.open(request.delivery, stream_id, lambda: end(lost))
+        except BusError as error:
+            return BusFailed(str(error))
+
+        def sink(item: RequestOutput | TorchWeaveError) -> None:
+            if isinstance(item, TorchWeaveError):
+                end(item)
+                return
+            stream.send(item)
+            if item.is_last:
+                end(item)  # whoever waits goes on after this step's flush
+
+        try:
+            self._engine.add(request, sink)
+            how = await ended
+        except TorchWeaveError as error:
+            how = error
+        finally:
+            self._engine.abort(request.request_id)
+            stream.close()
+        if isinstance(how, RequestOutput):
+            assert how.usage is not None
+            return Finished(stream.num_entries, how.usage, how.timings)
+        return how if isinstance(how, BusFailed) else _as_value(how)
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[StreamItem]:
+        """Everything as items of this call."""
+        try:
+            async for output in self._engine.generate(request):
+                yield output
+        except TorchWeaveError as error:
+            yield _as_value(error)
+        finally:
+            self._engine.abort(request.request_id)  # the caller may have left
+
+    async def describe(self) -> Description:
+        return Description(self._info, self._files, self._startup_s)
+
+    async def stats(self) -> Stats:
+        return self._engine.snapshot()
+
+    async def ping(self) -> EngineFailed | None:
+        """None when this replica can answer requests."""
+        try:
+            self._engine.check_health()
+        except EngineError as error:
+            return EngineFailed(str(error))
+        return None
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces this replica when it raises."""
+        self._engine.check_health()
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Limits within this replica's capacity, in place. Serve may call it twice."""
+        values = {**self._scheduler, **user_config}
+        from_mapping(SchedulerConfig, values, "user_config")  # keys, types and how they fit
+        self._engine.update_limits(**user_config)
+        logger.info("[Config] limits: %s", dict(user_config) or "as started")
+
+    def _say_hello(self, config: ReplicaConfig, engine: EngineConfig, cores: int) -> None:
+        info, threads = self._info, engine.runner.threads or cores
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._startup_s.items())
+        logger.info(
+            "[Start] %s: artifact %s, %s executor on %s, %s, %d threads; seconds: %s",
+            *(info.id, info.artifact_id, info.executor, info.device, info.dtype, threads, stages),
+        )
+        together = threads * config.placement.replicas_per_device
+        if info.device == "cpu" and together > cores:
+            logger.warning(
+                "[Start] %d threads of %d replicas share %d cores: lower num_replicas or threads",
+                *(together, config.placement.replicas_per_device, cores),
+            )
+
+
+def _as_value(error: TorchWeaveError) -> RequestError | EngineFailed:
+    return error if isinstance(error, RequestError) else EngineFailed(str(error))
+
+
+def _read_files(directory: Path) -> dict[str, bytes]:
+    paths = (directory / name for name in TOKENIZER_FILES)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
