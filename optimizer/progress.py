@@ -68,9 +68,10 @@ class LogProgress:
 
 
 class BarProgress:
-    """A bar a stage on a terminal, by rich. Use as a context manager."""
+    """A bar a stage, by rich, on stderr: stdout is for results. Use as a context manager."""
 
     def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -86,6 +87,7 @@ class BarProgress:
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeElapsedColumn(),
+            console=Console(stderr=True),
         )
         self._task: TaskID | None = None
 

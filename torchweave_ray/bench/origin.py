@@ -99,7 +99,7 @@ def save_results(
     path = folder / f"{kind}-{stamp}-{origin.commit.replace('+', '-')}.json"
     folder.mkdir(parents=True, exist_ok=True)
     document = {"kind": kind, "origin": asdict(origin), "config": config, "points": points}
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.write_text(json.dumps(document, indent=2, default=str) + "\n")
     return path
 
 

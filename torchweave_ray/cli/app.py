@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from torchweave_ray.cli.bench import serving
+from torchweave_ray.cli.bench import serving, throughput
 from torchweave_ray.cli.doctor import doctor
+from torchweave_ray.cli.generate import generate
 from torchweave_ray.cli.optimize import optimize
 
 
@@ -17,9 +18,11 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.command()(generate)
     app.command()(optimize)
     app.command()(doctor)
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(serving)
+    bench.command()(throughput)
     app.add_typer(bench, name="bench")
     return app

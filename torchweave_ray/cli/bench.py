@@ -1,4 +1,4 @@
-"""`torchweave bench serving`: options, and the report as JSON lines and a table."""
+"""`torchweave bench serving|throughput`: options, and the report as JSON lines and a table."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from torchweave_ray.cli.artifact import EngineFile, Model, artifact_of, read_engine_config
 
 if TYPE_CHECKING:
     from torchweave_ray.bench.points import Point
     from torchweave_ray.bench.serving import ServingConfig, Target
+    from torchweave_ray.bench.throughput import ThroughputConfig
 
 RESULTS = Path("benchmarks/results")
 
@@ -73,7 +76,7 @@ def serving(
         input_len=_positive("input-len", input_len),
         output_len=_positive("output-len", output_len),
         warmup=warmup,
-        seed=secrets.randbelow(2**31) if seed is None else seed,
+        seed=_seed(seed),
         timeout_s=timeout,
         tokenizer=tokenizer,
         cpu_of=tuple(cpu_of or ()),
@@ -89,7 +92,8 @@ def serving(
         raise typer.BadParameter(str(error), param_hint="--cpu-of") from error
     _report(points)
     if save:
-        _save(results, config, targets, points)
+        addresses = {t.name: f"{t.url} {t.dialect.path}" for t in targets}
+        _save(results, "serving", {**_set_values(config), "targets": addresses}, points)
     if any(point.failed for point in points):
         raise typer.Exit(1)
 
@@ -109,6 +113,40 @@ async def _targets(
     return targets or [await openai_target(url, endpoint, model)]
 
 
+def throughput(
+    model: Model = None,
+    engine: EngineFile = None,
+    concurrency: Concurrency = "1,4,16,32",
+    requests: Requests = None,
+    input_len: InputLen = 100,
+    output_len: OutputLen = 128,
+    seed: Seed = None,
+    save: Save = False,
+    results: Results = RESULTS,
+) -> None:
+    """Measure the engine in this process: no HTTP, no Ray.
+
+    The same work as `bench serving`, so the difference is the price of serving.
+    """
+    from torchweave_ray.bench.throughput import ThroughputConfig, run_throughput
+
+    config = ThroughputConfig(
+        concurrency=_concurrency(concurrency),
+        requests=requests,
+        input_len=_positive("input-len", input_len),
+        output_len=_positive("output-len", output_len),
+        seed=_seed(seed),
+    )
+    engine_config = read_engine_config(engine)
+    loaded, points = run_throughput(artifact_of(model), engine_config, config, _print_line)
+    _report(points)
+    if save:
+        info = loaded.info
+        about = {"model": info.id, "executor": info.executor, "dtype": info.dtype}
+        values = {**_set_values(config), **about, "engine": dataclasses.asdict(engine_config)}
+        _save(results, "throughput", values, points)
+
+
 def _concurrency(text: str) -> tuple[int, ...]:
     try:
         values = tuple(int(part) for part in text.split(","))
@@ -117,6 +155,10 @@ def _concurrency(text: str) -> tuple[int, ...]:
     if not values or min(values) < 1:
         raise typer.BadParameter(f"{text!r}: numbers such as 1,4,16", param_hint="--concurrency")
     return values
+
+
+def _seed(seed: int | None) -> int:
+    return secrets.randbelow(2**31) if seed is None else seed
 
 
 def _positive(name: str, value: int) -> int:
@@ -129,14 +171,14 @@ def _print_line(point: Point) -> None:
     print(json.dumps(point.to_dict()), flush=True)
 
 
-def _save(folder: Path, config: ServingConfig, targets: list[Target], points: list[Point]) -> None:
+def _set_values(config: ServingConfig | ThroughputConfig) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
+
+
+def _save(folder: Path, kind: str, config: dict[str, Any], points: list[Point]) -> None:
     from torchweave_ray.bench.origin import save_results
 
-    values = {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
-    if "tokenizer" in values:
-        values["tokenizer"] = Path(values["tokenizer"]).name
-    values["targets"] = {t.name: t.url + t.dialect.path for t in targets}
-    path = save_results(folder, "serving", values, [p.to_dict() for p in points])
+    path = save_results(folder, kind, config, [p.to_dict() for p in points])
     print(f"saved {path}", file=sys.stderr)
 
 
