@@ -54,13 +54,17 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 def invalid_body(error: ValidationError) -> InvalidRequest:
     """The first wrong field, in the client's words; a union's complaints are joined."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    field = _path(problems[0]["loc"])
-    complaints = dict.fromkeys(p["msg"] for p in problems if _path(p["loc"]) == field)
-    if problems[0]["type"] == "extra_forbidden":
-        return InvalidRequest(f"unknown field {field!r}", field)
-    if problems[0]["type"] == "missing":
+    first = _path(problems[0]["loc"])
+    # Of a union's members, the one that got deepest into the value is what the client meant.
+    same = [p for p in problems if _path(p["loc"]).startswith(first)]
+    field = max((_path(p["loc"]) for p in same), key=len)
+    same = [p for p in same if _path(p["loc"]) == field]
+    if same[0]["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field {field!r}", field, "unknown_parameter")
+    if same[0]["type"] == "missing":
         return InvalidRequest(f"{field} is required", field)
-    text = " or ".join(c.removeprefix("Value error, ") for c in complaints)
+    complaints = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in same)
+    text = " or ".join(complaints)
     return InvalidRequest(f"{field}: {text[:1].lower()}{text[1:]}", field)
 
 

@@ -34,15 +34,20 @@ _TEMPLATE_TOKENS = (
     "cls_token",
     "mask_token",
 )
-_RENDERER_ARGUMENTS = frozenset(
+RESERVED_TEMPLATE_VARIABLES = frozenset(
     {
-        "conversations",
+        "self",
         "messages",
+        "conversations",
+        "tools",
+        "documents",
         "chat_template",
-        "return_assistant_tokens_mask",
         "add_generation_prompt",
+        "continue_final_message",
+        "return_assistant_tokens_mask",
     }
 )
+"""Names that a user's own template variables cannot have: the renderer takes them."""
 
 
 class TokenDecoder(Protocol):
@@ -156,17 +161,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """The prompt that the model's template makes; `kwargs` are the template's variables.
+        """The prompt that the model's template makes; `kwargs` are its variables.
 
         Raises InvalidRequest when there is no template or it refuses these messages.
         """
         if self._template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
-        if reserved := _RENDERER_ARGUMENTS & kwargs.keys():
-            raise InvalidRequest(
-                f"a chat template variable cannot be named {min(reserved)!r}",
-                "chat_template_kwargs",
-            )
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -23,9 +23,7 @@ from torchweave_ray.api.service import Model, Service
 from torchweave_ray.api.sse import EventStream
 from torchweave_ray.errors import InvalidRequest
 from torchweave_ray.outputs import ChoiceDelta, GenerateRequest
-from torchweave_ray.tokenizer import Tokenizer
-
-_RESERVED = frozenset({"tools", "documents", "continue_final_message"})
+from torchweave_ray.tokenizer import RESERVED_TEMPLATE_VARIABLES, Tokenizer
 
 
 class ChatApi:
@@ -78,7 +76,7 @@ class ChatApi:
 
 def _render(body: ChatBody, model: Model) -> str:
     variables = dict(body.chat_template_kwargs or {})
-    if reserved := _RESERVED & variables.keys():
+    if reserved := RESERVED_TEMPLATE_VARIABLES & variables.keys():
         raise InvalidRequest(
             f"a chat template variable cannot be named {min(reserved)!r}", "chat_template_kwargs"
         )

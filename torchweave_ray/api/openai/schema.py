@@ -93,6 +93,10 @@ class Message(Body):
     def _check_content(cls, value: Any) -> Any:
         if not isinstance(value, str | list):
             raise ValueError("must be a string or a list of text parts")
+        for part in value if isinstance(value, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else part
+            if kind != "text":
+                raise ValueError(f"only text parts are supported, got {kind!r}")
         return value
 
     def for_template(self) -> dict[str, Any]:
