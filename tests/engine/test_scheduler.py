@@ -252,3 +252,18 @@ def test_what_can_never_be_served_is_refused_by_field(
         engine.add(request_)
     assert caught.value.param == param
     assert not engine.has_work
+
+
+def test_blocks_are_freed_behind_the_fence_of_the_step_in_flight() -> None:
+    limits = RuntimeLimits(8, 16, 128, VOCAB, (EOS,), step_depth=1)
+    engine, runner = make_engine(limits, CacheConfig(enable_prefix_caching=False))
+    engine.add(make_request("gone", 40, max_tokens=20))
+    engine.add(make_request("stays", 10, max_tokens=20))
+    engine.step()
+    engine.step()
+    assert len(runner.queue) == 1, "one step is in flight"
+    before = engine.stats().num_free_blocks
+    engine.abort("gone")
+    assert engine.stats().num_free_blocks == before, "the step in flight still writes there"
+    engine.step()
+    assert engine.stats().num_free_blocks == before + 3
