@@ -48,18 +48,33 @@ class TorchExecutor:
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Logits of `inputs.logit_rows`: [R, vocab_size] float32."""
-        step = _Step(self._tensors, self._attention, inputs, kv)
-        for rope, inv_freq in self._inv_freqs.items():
-            step.rotations[rope] = _rotation(inv_freq, rope.attention_scaling, inputs.positions)
-        for op in self._spec.ops:
-            step.run(op)
-        step.buffers["hidden"] = step.buffers["hidden"].index_select(0, inputs.logit_rows)
+        step = self._decode(inputs, kv)
         for op in self._spec.head_ops:
             step.run(op)
         logits = step.buffers["logits"].float()
         if self._spec.logits_soft_cap is not None:
             logits = torch.tanh(logits / self._spec.logits_soft_cap) * self._spec.logits_soft_cap
         return logits
+
+    @torch.inference_mode()
+    def hidden(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
+        """What the head's product reads for `inputs.logit_rows`: [R, hidden_size] float32."""
+        step = self._decode(inputs, kv)
+        *before, product = self._spec.head_ops
+        assert isinstance(product, Linear)
+        for op in before:
+            step.run(op)
+        return step.buffers[product.x].float()
+
+    def _decode(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> _Step:
+        """All ops but the head's; "hidden" then holds the picked rows only."""
+        step = _Step(self._tensors, self._attention, inputs, kv)
+        for rope, inv_freq in self._inv_freqs.items():
+            step.rotations[rope] = _rotation(inv_freq, rope.attention_scaling, inputs.positions)
+        for op in self._spec.ops:
+            step.run(op)
+        step.buffers["hidden"] = step.buffers["hidden"].index_select(0, inputs.logit_rows)
+        return step
 
 
 class _Step:

@@ -110,8 +110,12 @@ class ModelRunner:
     def release(self, seq_id: int) -> None:
         self._counts.pop(seq_id, None)
 
-    def close(self) -> None:
+    def reset(self) -> None:
+        """Forget all sequences: a new engine counts them from the start."""
         self._counts.clear()
+
+    def close(self) -> None:
+        self.reset()
         self._kv_cache.close()
 
     def _pool(self, chunks: Sequence[Chunk], collected: _Collected) -> None:

@@ -1,0 +1,188 @@
+"""`LLM` and what `build` wires: answers, refusals, recovery, start-up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import EOS_TOKEN_ID, make_tiny_artifact
+from torchweave_ray.build import load_model
+from torchweave_ray.config import EngineConfig
+from torchweave_ray.errors import ArtifactError, ConfigError, InvalidRequest
+from torchweave_ray.llm import LLM
+from torchweave_ray.models.artifact import WEIGHTS
+from torchweave_ray.outputs import FinishReason
+from torchweave_ray.sampling_params import SamplingParams
+from torchweave_ray.tokenizer import load_tokenizer
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+ONE_THREAD: dict[str, Any] = {"threads": 1}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_artifact(tmp_path_factory.mktemp("llm") / "tiny-model")
+
+
+@pytest.fixture(scope="module")
+def llm(artifact: Path) -> LLM:
+    return LLM(artifact, max_model_len=128, runner=ONE_THREAD)
+
+
+def test_texts_and_token_ids_give_the_same_completions(llm: LLM) -> None:
+    texts = ["What is a star?", "Gravity is", "größe 😀"]
+    seen: list[tuple[int, int]] = []
+    completions = llm.generate(texts, GREEDY, progress=lambda done, all_: seen.append((done, all_)))
+    again = llm.generate([llm.tokenizer.encode(text) for text in texts], GREEDY)
+    assert [(c.token_ids, c.text) for c in again] == [(c.token_ids, c.text) for c in completions]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    for text, completion in zip(texts, completions, strict=True):
+        assert completion.prompt_token_ids == tuple(llm.tokenizer.encode(text))
+        assert completion.text == llm.tokenizer.decode(completion.token_ids)
+        assert completion.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+    (alone,) = llm.generate(texts[1], GREEDY)
+    assert alone.token_ids == completions[1].token_ids
+
+
+def test_params_may_differ_by_prompt(llm: LLM) -> None:
+    (whole,) = llm.generate("A star is", SamplingParams(temperature=0.0, max_tokens=20))
+    stop = whole.text[6:9]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=3, logprobs=2),
+        SamplingParams(temperature=0.0, max_tokens=20, stop=(stop,)),
+        SamplingParams(temperature=0.0, max_tokens=5, logit_bias={EOS_TOKEN_ID: 100.0}),
+        SamplingParams(
+            temperature=0.0, max_tokens=9, min_tokens=4, logit_bias={EOS_TOKEN_ID: 100.0}
+        ),
+    ]
+    short, stopped, ended, late = llm.generate(["A star is"] * 4, params)
+    assert short.token_ids == whole.token_ids[:3]
+    assert short.logprobs is not None
+    assert [entry.token_id for entry in short.logprobs] == list(short.token_ids)
+    assert all(entry.rank == 1 and len(entry.top) == 2 for entry in short.logprobs)
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    assert (stopped.finish_reason, stopped.stop_reason) == (FinishReason.STOP, stop)
+    assert (ended.token_ids, ended.text) == ((EOS_TOKEN_ID,), "")
+    assert len(late.token_ids) == 5
+    assert late.token_ids[-1] == EOS_TOKEN_ID
+    assert whole.logprobs is None
+
+
+def test_the_prefix_cache_shows_in_the_completion(llm: LLM) -> None:
+    prompt = list(range(3, 60))
+    llm.generate([prompt], GREEDY)
+    assert llm.generate([prompt], GREEDY)[0].num_cached_tokens == 48
+
+
+def test_chat_renders_the_template(llm: LLM) -> None:
+    pytest.importorskip("transformers")
+    messages = [{"role": "user", "content": "What is gravity?"}]
+    (answer,) = llm.chat(messages, GREEDY)
+    rendered = "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.prompt_token_ids == tuple(llm.tokenizer.encode(rendered))
+    assert [c.token_ids for c in llm.chat([messages, messages], GREEDY)] == [answer.token_ids] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "param"),
+    [
+        (["fine", 7], None, "prompts"),
+        ([3, 4, 5], None, "prompts"),
+        ([b"bytes"], None, "prompts"),
+        ([[3, 4], []], None, "prompt"),
+        ([[3, 300]], None, "prompt_token_ids"),
+        (["fine", "x" * 300], GREEDY, "prompt"),
+        (["fine"], [GREEDY, GREEDY], "params"),
+        (["fine"], SamplingParams(temperature=-1.0), "temperature"),
+    ],
+)
+def test_a_bad_prompt_is_refused_before_anything_runs(
+    llm: LLM, prompts: Any, params: Any, param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        llm.generate(prompts, params)
+    assert error.value.param == param
+    assert llm.stats().num_waiting == 0
+    assert llm.generate([]) == []
+
+
+def test_it_can_go_on_after_an_interruption(llm: LLM) -> None:
+    expected = llm.generate(["A star is", "Gravity"], GREEDY)
+
+    def interrupt(_done: int, _all: int) -> None:
+        raise KeyboardInterrupt
+
+    params = [GREEDY, SamplingParams(max_tokens=60, repetition_penalty=1.2)]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["A star is", "Gravity"], params, progress=interrupt)
+    again = llm.generate(["A star is", "Gravity"], GREEDY)
+    assert [c.token_ids for c in again] == [c.token_ids for c in expected]
+    assert llm.stats().num_free_blocks == llm.stats().num_blocks
+
+
+def test_a_model_is_an_artifact_folder(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="torchweave optimize"):
+        LLM("HuggingFaceTB/SmolLM2-135M-Instruct")
+    with pytest.raises(ArtifactError):
+        LLM(tmp_path)
+
+
+def test_options_are_the_configs_keys(artifact: Path) -> None:
+    with pytest.raises(ConfigError, match="max_model_len"):
+        LLM(artifact, max_model_length=64)
+    with pytest.raises(ConfigError, match=r"scheduler\.max_num_seqs"):
+        LLM(artifact, scheduler={"max_num_seqs": "8"})
+    with pytest.raises(ConfigError, match="kv_memory"):
+        LLM(artifact, cache={"kv_memory": 1000}, runner=ONE_THREAD)
+    with pytest.raises(ConfigError, match="512 positions"):
+        LLM(artifact, max_model_len=513, runner=ONE_THREAD)
+
+
+def test_a_tampered_artifact_is_refused_by_name(tmp_path: Path) -> None:
+    artifact = make_tiny_artifact(tmp_path / "tampered")
+    raw = bytearray((artifact / WEIGHTS).read_bytes())
+    raw[-1] ^= 1
+    (artifact / WEIGHTS).write_bytes(raw)
+    with pytest.raises(ArtifactError, match=WEIGHTS):
+        LLM(artifact)
+
+
+def test_what_was_loaded_is_told(artifact: Path, llm: LLM) -> None:
+    info = llm.info
+    assert (info.id, info.architecture) == ("tiny-model", "LlamaForCausalLM")
+    assert (info.vocab_size, info.eos_token_ids) == (300, (EOS_TOKEN_ID,))
+    assert (info.device, info.dtype, info.executor) == ("cpu", "float32", "torch")
+    assert (info.max_model_len, info.max_num_seqs, info.block_size) == (128, 32, 16)
+    assert list(llm.startup_s) == ["verify", "weights", "kv_cache", "first_step"]
+    config = EngineConfig.from_dict({"runner": {"dtype": "bfloat16", **ONE_THREAD}})
+    other = load_model(artifact, config, "another").info
+    assert (other.id, other.dtype, other.max_model_len) == ("another", "bfloat16", 512)
+    assert other.artifact_id == info.artifact_id
+    assert other.numerics_id != info.numerics_id
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    artifact = make_tiny_artifact(tmp_path / "eos", eos_token_id=[2, 300])
+    with pytest.raises(ArtifactError, match="eos_token_id 300"):
+        LLM(artifact)
+
+
+def test_bfloat16_answers_in_text(tmp_path: Path) -> None:
+    artifact = make_tiny_artifact(tmp_path / "bf16", dtype=torch.bfloat16)
+    with LLM(artifact, runner=ONE_THREAD) as llm:
+        assert llm.info.dtype == "bfloat16"
+        first = llm.generate(["What is a star?"] * 3, GREEDY)
+        assert len({c.token_ids for c in first}) == 1
+    assert load_tokenizer(artifact).decode(first[0].token_ids) == first[0].text
+
+
+def test_importing_it_needs_torch_but_neither_ray_nor_transformers() -> None:
+    absent = ["ray", "transformers", "pydantic", "starlette", "typer", "httpx"]
+    code = f"import torchweave_ray.llm, sys; print(*[m for m in {absent} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
