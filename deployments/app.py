@@ -1,9 +1,8 @@
 """The application: `build` for `serve_config.yaml`, and `app`, the same with its defaults.
 
 Decides names and places; needs neither a running cluster nor torch, which only replicas load.
+No `from __future__ import annotations` here: Serve reads the builder's annotation as a class.
 """
-
-from __future__ import annotations
 
 import os
 from pathlib import Path

@@ -20,9 +20,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
-from deployments.attempts import ModelClient
-from deployments.backend import RayBackend
-from deployments.bus import BusListener
+from deployments.backend.attempts import ModelClient
+from deployments.backend.ray_backend import RayBackend
+from deployments.bus.listener import BusListener
 from deployments.log import log_through_serve
 from torchweave_ray.api.app import create_app
 from torchweave_ray.api.service import Service

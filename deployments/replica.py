@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments.args import DEFAULT_RECIPE, ModelArgs
-from deployments.bus_sender import BusError, BusSender
+from deployments.bus.sender import BusError, BusSender
 from deployments.calls import (
     BusFailed,
     CallResult,

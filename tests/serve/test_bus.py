@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from deployments.bus import BusListener, IncomingStream
-from deployments.bus_sender import BusError, BusSender
-from deployments.frames import (
+from deployments.bus.frames import (
     FrameError,
     FrameReader,
     decode_delta,
     encode_delta,
     encode_frame,
 )
+from deployments.bus.listener import BusListener, IncomingStream
+from deployments.bus.sender import BusError, BusSender
 from torchweave_ray.outputs import ChoiceDelta, FinishReason, RequestOutput, TokenLogprobs
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from deployments.backend import RayBackend
-from deployments.bus import BusListener
-from deployments.bus_sender import BusError, BusSender, OutgoingStream
+from deployments.backend.ray_backend import RayBackend
+from deployments.bus.listener import BusListener
+from deployments.bus.sender import BusError, BusSender, OutgoingStream
 from deployments.calls import BusFailed, CallResult, EngineFailed, Finished
 from torchweave_ray.errors import ModelNotFound, Overloaded, Unavailable
 from torchweave_ray.outputs import (

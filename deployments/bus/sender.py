@@ -1,7 +1,7 @@
 """The replica's end of the token bus: one connection to each ingress, one frame a step.
 
 Guards every write: uvloop raises on a closed transport, and one dead ingress must not cost the
-others their step. Knows no Ray and no engine; see bus.py for the other end.
+others their step. Knows no Ray and no engine; see listener.py for the other end.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, cast
 
-from deployments.bus import HEARTBEAT_S
-from deployments.frames import HEARTBEAT, FrameError, FrameReader, encode_delta, encode_frame
+from deployments.bus.frames import HEARTBEAT, FrameError, FrameReader, encode_delta, encode_frame
+from deployments.bus.listener import HEARTBEAT_S
 from torchweave_ray.errors import TorchWeaveError
 from torchweave_ray.outputs import BusAddress, RequestOutput
 

@@ -1,7 +1,7 @@
 """One attempt at a request: a call to one replica, its tokens by the bus or by the handle.
 
 Always cancels the call when it is left: only then are the replica's blocks free at once. Knows
-nothing of resuming; see backend.py.
+nothing of resuming; see ray_backend.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
-from deployments.bus import DEAD_AFTER_S, BusListener, IncomingStream
+from deployments.bus.listener import DEAD_AFTER_S, BusListener, IncomingStream
 from deployments.calls import BusFailed, EngineFailed, Finished
 from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
@@ -51,6 +51,7 @@ async def over_bus(
     response = client.generate.remote(replace(request, delivery=bus.address), stream.id)
     call = asyncio.ensure_future(_result(response))
     call.add_done_callback(stream.wake)
+    call.add_done_callback(_look_at)
     try:
         while True:
             entries = stream.take()
@@ -89,6 +90,8 @@ async def over_handle(
             if isinstance(item, EngineFailed):
                 raise Lost(item.reason)
             yield item
+    except RequestCancelledError:
+        raise asyncio.CancelledError from None
     except RayActorError as error:
         raise Lost(f"the replica is gone ({type(error).__name__})") from error
     except DeploymentUnavailableError as error:
@@ -144,9 +147,17 @@ def _ended(output: RequestOutput, end: Finished) -> RequestOutput:
     return replace(output, usage=end.usage, timings=end.timings)
 
 
+def _look_at(call: asyncio.Future[Finished]) -> None:
+    """Whoever waited for it may have left: its error is then nobody's."""
+    if not call.cancelled():
+        call.exception()
+
+
 async def _result(response: Any) -> Finished:
     try:
         result = await response
+    except RequestCancelledError:  # Serve cancels a call's own calls before the call itself
+        raise asyncio.CancelledError from None
     except RayActorError as error:
         raise Lost(f"the replica is gone ({type(error).__name__})") from error
     except DeploymentUnavailableError as error:

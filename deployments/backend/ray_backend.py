@@ -10,15 +10,20 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import fields, replace
-from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.attempts import Lost, ModelClient, choices_over_handle, over_bus, over_handle
-from deployments.bus import BusListener
+from deployments.backend.attempts import (
+    Lost,
+    ModelClient,
+    choices_over_handle,
+    over_bus,
+    over_handle,
+)
+from deployments.backend.progress import Progress
+from deployments.bus.listener import BusListener
 from deployments.calls import Description, EngineFailed
-from deployments.progress import Progress
 from deployments.status import why_down
 from torchweave_ray.errors import ModelNotFound, Unavailable
 from torchweave_ray.outputs import GenerateRequest, ModelInfo, OutputKind, RequestOutput, Stats
@@ -123,7 +128,8 @@ class RayBackend:
         """None, or why no replica of this model answers."""
         response = client.ping.remote()
         try:
-            failed = await asyncio.wait_for(_await(response), PING_TIMEOUT_S)
+            async with asyncio.timeout(PING_TIMEOUT_S):
+                failed = await response
             return f"{model}: {failed.reason}" if isinstance(failed, EngineFailed) else None
         except (TimeoutError, RayError, DeploymentUnavailableError) as error:
             message = await why_down(client.handle.deployment_name)
@@ -172,10 +178,6 @@ class RayBackend:
         interval = min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S)
         if interval > 0:
             await asyncio.sleep(interval)
-
-
-async def _await(response: Any) -> Any:
-    return await response
 
 
 async def _ask(client: ModelClient) -> Description:

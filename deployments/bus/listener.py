@@ -1,7 +1,7 @@
 """The ingress's end of the token bus: it listens, one connection comes from each replica.
 
 Frames only carry deltas. Admission, cancellation, death and the final usage travel on the handle
-call that stays open beside; see bus_sender.py for the replica's end. Knows no Ray and no HTTP.
+call that stays open beside; see sender.py for the replica's end. Knows no Ray and no HTTP.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import uuid
 from hmac import compare_digest
 from typing import Any, cast
 
-from deployments.frames import HEARTBEAT, FrameError, FrameReader, decode_delta, encode_frame
+from deployments.bus.frames import HEARTBEAT, FrameError, FrameReader, decode_delta, encode_frame
 from torchweave_ray.outputs import BusAddress, ChoiceDelta
 
 logger = logging.getLogger(__name__)
