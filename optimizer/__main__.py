@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with BarProgress() as progress:
             directory = optimize(options.recipe, options.store, progress)
+    except KeyboardInterrupt:
+        print("stopped: the next run goes on from here", file=sys.stderr)
+        return 130
     except TorchWeaveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -65,12 +65,14 @@ def optimize(
     recipe = resolve_recipe(recipe)
     progress = progress or SilentProgress()
     shelf = Store(default_store() if store is None else Path(store).absolute())
-    if (found := find_staged(recipe, shelf)) is not None:
+    key = _key(recipe)
+    found = find_staged(recipe, shelf)
+    if found is not None and not shelf.has_work(key):  # else a run died while it cleaned up
         _point(shelf, recipe, found)
         return found
-    key = _key(recipe)
     with shelf.lock(key, lambda: progress.wait(recipe.name)):
         if (found := find_staged(recipe, shelf)) is not None:
+            shelf.discard_work(key)
             return found  # staged while this process waited
         identity = recipe.open_source().identity()
         try:

@@ -74,6 +74,9 @@ class Store:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def has_work(self, key: str) -> bool:
+        return (self.root / ".work" / key).exists()
+
     def discard_work(self, key: str) -> None:
         shutil.rmtree(self.root / ".work" / key, ignore_errors=True)
 

