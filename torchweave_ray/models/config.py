@@ -91,6 +91,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Raises ArtifactError naming the key that is missing, wrong or not supported."""
+        architecture = _architecture(config)
         _refuse_unsupported(config)
         max_positions = _integer(config, "max_position_embeddings")
         hidden_size = _integer(config, "hidden_size")
@@ -104,10 +105,10 @@ class ModelConfig:
         if head_dim % 2:
             raise _error("head_dim", head_dim, "must be even: rotary embedding turns pairs")
         act = config.get("hidden_act", "silu")
-        if act not in ACTIVATIONS:
+        if not isinstance(act, str) or act not in ACTIVATIONS:
             raise _error("hidden_act", act, f"is not supported; known: {', '.join(ACTIVATIONS)}")
         return cls(
-            architecture=_architecture(config),
+            architecture=architecture,
             vocab_size=_integer(config, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=_integer(config, "intermediate_size"),
@@ -148,8 +149,6 @@ def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if not isinstance(config, Mapping):
-        raise ArtifactError(f"{CONFIG} must hold a JSON object, got {type(config).__name__}")
     for key, neutral in _NEUTRAL.items():
         if config.get(key) not in neutral:
             raise _error(key, config[key], "is not supported")

@@ -124,7 +124,7 @@ def load_weights(
     directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """An artifact's tensors by name. On the CPU in their own dtype they are views of the mapped
-    file: read-only by agreement, shared through the page cache.
+    file, shared by all replicas of a node through the page cache.
 
     Raises ArtifactError naming the tensor that is missing, unknown or of another shape.
     """

@@ -1,0 +1,137 @@
+"""The reference attention against the textbook formula, one sequence and one head at a time."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity.paged import Text, make_inputs
+from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+from torchweave_ray.attention.torch_paged import TorchPagedAttention
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 40
+MIXED = [(0, 1), (9, 1), (3, 6), (17, 1), (0, 11), (5, 3), (30, 3)]
+"""(already computed, new) of each sequence: decodes, drafts, prompt chunks, out of order."""
+
+
+class Case:
+    """A step over random contents; what is in no sequence's slots is NaN."""
+
+    def __init__(self, shape: AttentionShape, spans: list[tuple[int, int]], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        free = list(range(NUM_BLOCKS))
+        random.Random(seed).shuffle(free)
+        self.shape = shape
+        cache = (NUM_BLOCKS, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        self.kv = LayerKV(torch.full(cache, torch.nan), torch.full(cache, torch.nan))
+        self.keys, self.values, chunks = [], [], []
+        for start, n in spans:
+            length = start + n
+            size = (length, shape.num_kv_heads, shape.head_dim)
+            self.keys.append(torch.randn(size, generator=generator))
+            self.values.append(torch.randn(size, generator=generator))
+            table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
+            for position in range(start):
+                block, slot = table[position // BLOCK_SIZE], position % BLOCK_SIZE
+                self.kv.keys[block, :, slot] = self.keys[-1][position]
+                self.kv.values[block, :, slot] = self.values[-1][position]
+            chunks.append((Text([0] * length, table, start), n))
+        self.spans = spans
+        self.inputs: StepInputs = make_inputs(chunks, BLOCK_SIZE)
+        num_tokens = sum(n for _, n in spans)
+        self.queries = torch.randn(num_tokens, shape.num_heads, shape.head_dim, generator=generator)
+
+    def run(self, backend: TorchPagedAttention) -> Tensor:
+        new = [torch.cat([t[s:] for t, (s, _) in zip(a, self.spans, strict=True)])
+               for a in (self.keys, self.values)]  # fmt: skip
+        backend.write_kv(new[0], new[1], self.kv, self.inputs)
+        return backend.forward(self.queries, self.kv, self.inputs, self.shape)
+
+    def expected(self) -> Tensor:
+        out, row = [], 0
+        for keys, values, (start, n) in zip(self.keys, self.values, self.spans, strict=True):
+            for position in range(start, start + n):
+                out.append(_attend_one(self.queries[row], keys, values, position, self.shape))
+                row += 1
+        return torch.stack(out)
+
+
+def _attend_one(
+    query: Tensor, keys: Tensor, values: Tensor, position: int, shape: AttentionShape
+) -> Tensor:
+    window = shape.sliding_window or position + 1
+    seen = slice(max(0, position + 1 - window), position + 1)
+    heads = []
+    for head in range(shape.num_heads):
+        kv_head = head // (shape.num_heads // shape.num_kv_heads)
+        scores = keys[seen, kv_head] @ query[head] * shape.scale
+        if shape.soft_cap is not None:
+            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+        heads.append(scores.softmax(0) @ values[seen, kv_head])
+    return torch.stack(heads)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 1, 5, 1000])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (4, 1)])
+def test_equals_the_formula(
+    heads: int, kv_heads: int, window: int | None, soft_cap: float | None
+) -> None:
+    shape = AttentionShape(heads, kv_heads, 10, 0.3, window, soft_cap)
+    case = Case(shape, MIXED)
+    torch.testing.assert_close(case.run(TorchPagedAttention()), case.expected())
+
+
+def test_each_step_and_each_layer_is_its_own() -> None:
+    """One backend over two layers of different heads, then over another batch."""
+    backend = TorchPagedAttention()
+    narrow, wide = AttentionShape(4, 2, 8, 0.35), AttentionShape(6, 6, 4, 0.5, sliding_window=3)
+    first, second = Case(narrow, MIXED), Case(wide, MIXED)
+    second.inputs = first.inputs
+    torch.testing.assert_close(first.run(backend), first.expected())
+    torch.testing.assert_close(second.run(backend), second.expected())
+    third = Case(narrow, [(2, 1), (8, 1)], seed=1)
+    torch.testing.assert_close(third.run(backend), third.expected())
+
+
+def test_a_crowd_changes_no_row() -> None:
+    shape = AttentionShape(6, 2, 8, 1 / math.sqrt(8))
+    crowd = Case(shape, [(10, 1), (35, 1), (1, 1), (0, 9)])
+    together = crowd.run(TorchPagedAttention())
+    starts = crowd.inputs.query_start_loc.tolist()
+    for i, (start, n) in enumerate(crowd.spans):
+        table = crowd.inputs.block_tables[i, : -(-(start + n) // BLOCK_SIZE)].tolist()
+        alone = make_inputs([(Text([0] * (start + n), table, start), n)], BLOCK_SIZE)
+        rows = slice(starts[i], starts[i + 1])
+        got = TorchPagedAttention().forward(crowd.queries[rows], crowd.kv, alone, shape)
+        torch.testing.assert_close(got, together[rows])
+
+
+def test_write_kv_touches_its_slots_only() -> None:
+    shape = AttentionShape(2, 2, 4, 0.5)
+    case = Case(shape, [(3, 2), (0, 1)])
+    before = case.kv.keys.clone()
+    case.run(TorchPagedAttention())
+    changed = (case.kv.keys.nan_to_num(9.0) != before.nan_to_num(9.0)).any(-1).any(1)
+    blocks, slots = changed.nonzero(as_tuple=True)
+    written = sorted((blocks * BLOCK_SIZE + slots).tolist())
+    assert written == sorted(case.inputs.slot_mapping.tolist())
+
+
+def test_bfloat16_equals_its_own_inputs_in_float32() -> None:
+    shape = AttentionShape(6, 2, 16, 0.25)
+    case = Case(shape, MIXED)
+    case.keys = [k.bfloat16().float() for k in case.keys]
+    case.values = [v.bfloat16().float() for v in case.values]
+    case.queries = case.queries.bfloat16().float()
+    expected = case.expected()
+    case.kv = LayerKV(case.kv.keys.bfloat16(), case.kv.values.bfloat16())
+    case.queries = case.queries.bfloat16()
+    got = case.run(TorchPagedAttention())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=1e-2)
