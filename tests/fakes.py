@@ -94,6 +94,7 @@ class FakeBackend:
         return {info.id: Stats() for info in self.infos}
 
     async def _gate(self, index: int) -> None:
+        await asyncio.sleep(0)  # a real backend always lets others run
         if index in self.script.gates:
             await self.script.gates[index].wait()
 

@@ -21,7 +21,8 @@ from torchweave_ray.outputs import GenerateRequest
 from torchweave_ray.tokenizer import Tokenizer
 
 T = TypeVar("T")
-TOKENIZER = Tokenizer(make_tokenizer(), {"chat_template": CHAT_TEMPLATE})
+TEMPLATE = "{{ preface | default('') }}" + CHAT_TEMPLATE
+TOKENIZER = Tokenizer(make_tokenizer(), {"chat_template": TEMPLATE})
 
 
 async def load_tokenizer(model_id: str) -> Tokenizer:

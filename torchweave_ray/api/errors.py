@@ -56,9 +56,9 @@ def invalid_body(error: ValidationError) -> InvalidRequest:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     first = _path(problems[0]["loc"])
     # Of a union's members, the one that got deepest into the value is what the client meant.
-    same = [p for p in problems if _path(p["loc"]).startswith(first)]
-    field = max((_path(p["loc"]) for p in same), key=len)
-    same = [p for p in same if _path(p["loc"]) == field]
+    paths = [_path(p["loc"]) for p in problems]
+    field = max((p for p in paths if _is_within(p, first)), key=len)
+    same = [p for p, path in zip(problems, paths, strict=True) if path == field]
     if same[0]["type"] == "extra_forbidden":
         return InvalidRequest(f"unknown field {field!r}", field, "unknown_parameter")
     if same[0]["type"] == "missing":
@@ -74,6 +74,10 @@ def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
     if name is None or error.param is None:
         return error
     return InvalidRequest(error.message.replace(error.param, name), name, error.code)
+
+
+def _is_within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith((f"{outer}[", f"{outer}."))
 
 
 def _path(location: Sequence[int | str]) -> str:
