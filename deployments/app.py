@@ -22,6 +22,7 @@ LONGEST_STREAM_S = 600.0
 """How long a replica that is told to stop waits for its streams."""
 MAX_ONGOING_REQUESTS = 10_000
 """Serve queues nothing: the engine has the only queue, and refuses by its exact backlog."""
+MODEL_REPLICA = "ModelReplica:"
 SAME_LOOP = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -52,7 +53,7 @@ def build(args: AppArgs) -> Application:
 
 def deployment_name(model: str) -> str:
     """Serve makes file names of it, so a Hugging Face id's slash has to go."""
-    return f"ModelReplica:{model.replace('/', '--')}"
+    return f"{MODEL_REPLICA}{model.replace('/', '--')}"
 
 
 def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Application:
@@ -63,6 +64,7 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
         name=deployment_name(model.name),
         num_replicas=model.num_replicas,
         ray_actor_options=_actor_options(placement.num_cpus, placement.num_gpus),
+        max_constructor_retry_count=3,  # a bad artifact stays bad: say so soon
         **_options(),
     )
     return deployment.bind(ReplicaConfig(model, placement, _absolute(args.artifact_dir)))
@@ -72,7 +74,7 @@ def _options() -> dict[str, Any]:
     return {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": LONGEST_STREAM_S,
-        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_wait_loop_s": 1.0,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 20.0,
         "logging_config": {"enable_access_log": False},

@@ -1,0 +1,204 @@
+"""Runs the application on a Ray of its own: start, wait until it answers, drain, stop.
+
+Behind `torchweave serve`. Knows no signals and no environment variables.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
+
+from deployments.app import LONGEST_STREAM_S, MODEL_REPLICA
+from deployments.args import AppArgs
+from deployments.status import the_error_in
+from torchweave_ray.errors import ConfigError, TorchWeaveError
+
+BUILDER = "deployments.app:build"
+DEFAULT_CONFIG = Path("serve_config.yaml")
+OBJECT_STORE_BYTES = 512 << 20
+"""Tokens and weights do not travel through Ray's object store."""
+POLL_S = 0.1
+HTTP_READY_S = 60.0
+
+
+def load_config(
+    path: Path | None,
+    recipe: str | None,
+    artifact: Path | None,
+    host: str | None,
+    port: int | None,
+) -> ServeDeploySchema:
+    """The configuration file, with what the command line says over it."""
+    if path is None and DEFAULT_CONFIG.is_file():
+        path = DEFAULT_CONFIG
+    values = _read(path) if path is not None else _built_in()
+    http = values.setdefault("http_options", {})
+    http.update({k: v for k, v in (("host", host), ("port", port)) if v is not None})
+    values["proxy_location"] = "HeadOnly"  # one node, and HAProxy can only do this there
+    if recipe is not None and artifact is not None:
+        raise ConfigError("give --recipe or --artifact, not both")
+    if recipe is not None or artifact is not None:
+        model = {"artifact": str(artifact.absolute())} if artifact else {"recipe": recipe}
+        for application in values.get("applications", []):
+            application.setdefault("args", {})["models"] = [model]
+    try:
+        return ServeDeploySchema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not values.get("applications"):
+        raise ConfigError(f"{path} is not a Serve configuration: it lists no applications")
+    return values
+
+
+def _built_in() -> dict[str, Any]:
+    application = {"name": "torchweave", "import_path": BUILDER}
+    return {"applications": [{**application, "route_prefix": "/"}]}
+
+
+def _check(application: ServeApplicationSchema) -> None:
+    """What is wrong with our arguments is told at once, not after Ray has started."""
+    if application.import_path == BUILDER:
+        try:
+            AppArgs.model_validate(application.args)
+        except ValidationError as error:
+            raise ConfigError(f"args: {error}") from error
+
+
+class Launch:
+    def __init__(
+        self, config: ServeDeploySchema, dashboard: bool, say: Callable[[str], None]
+    ) -> None:
+        self._config = config
+        self._dashboard = dashboard
+        self._say = say
+        self._seconds: dict[str, float] = {}
+        host = config.http_options.host
+        self._url = (
+            f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{config.http_options.port}"
+        )
+
+    def run(self, stop: threading.Event, ray_has_started: Callable[[], None]) -> None:
+        """Until `stop` is set and the streams that are open then have ended.
+
+        Raises TorchWeaveError with the reason when the application cannot start.
+        """
+        for application in self._config.applications:
+            _check(application)
+        try:
+            self._timed("ray", self._start_ray)
+            ray_has_started()
+            self._timed("serve", self._start_serve)
+            self._timed("app", lambda: self._deploy(stop))
+            if not stop.is_set():
+                self._announce()
+            stop.wait()
+            self._drain()
+        finally:
+            self._say("[Serve] stopping")
+            serve.shutdown()
+            ray.shutdown()
+        self._say("[Serve] stopped")
+
+    def _timed(self, stage: str, action: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        action()
+        self._seconds[stage] = time.perf_counter() - start
+
+    def _start_ray(self) -> None:
+        ray.init(
+            address="local",
+            namespace="serve",
+            include_dashboard=self._dashboard,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+
+    def _start_serve(self) -> None:
+        serve.start(
+            proxy_location=self._config.proxy_location,
+            http_options=self._config.http_options.model_dump(),
+            grpc_options=self._config.grpc_options.model_dump(),
+        )
+
+    def _deploy(self, stop: threading.Event) -> None:
+        _get_global_client().deploy_apps(self._config, _blocking=False)
+        said: set[str] = set()
+        while not stop.is_set():
+            applications = list(serve.status().applications.values())
+            for application in applications:
+                for name, deployment in application.deployments.items():
+                    line = the_error_in(deployment.message) if deployment.message else ""
+                    if "Error" in line and line not in said:
+                        said.add(line)
+                        self._say(f"[Serve] {name}: {line}")
+                if application.status == ApplicationStatus.DEPLOY_FAILED:
+                    raise TorchWeaveError(the_error_in(application.message))
+            states = [application.status for application in applications]
+            if states and all(state == ApplicationStatus.RUNNING for state in states):
+                return self._wait_for_http(stop)
+            stop.wait(POLL_S)
+        return None
+
+    def _wait_for_http(self, stop: threading.Event) -> None:
+        """The proxy learns of the replicas a moment after they run."""
+        deadline = time.monotonic() + HTTP_READY_S
+        while not stop.is_set():
+            try:
+                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                if time.monotonic() > deadline:
+                    raise TorchWeaveError(f"{self._url}/health: {error}") from error
+            stop.wait(POLL_S)
+
+    def _announce(self) -> None:
+        for name, startup_s in self._startup_of_models():
+            self._say(f"[Serve] {name}: seconds: {_listed(startup_s)}")
+        total = sum(self._seconds.values())
+        body = '{"prompt": "Gravity is", "max_new_tokens": 64}'
+        self._say(
+            f"[Serve] ready: {self._url} (start-up {total:.1f} s: {_listed(self._seconds)})\n"
+            f"[Serve] try: curl -N {self._url}/v1/generate -d '{body}'"
+        )
+
+    def _startup_of_models(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Seconds by stage of one replica of each model."""
+        for app_name, application in serve.status().applications.items():
+            for name in application.deployments:
+                if name.startswith(MODEL_REPLICA):
+                    handle = serve.get_deployment_handle(name, app_name)
+                    handle._init(_run_router_in_separate_loop=True)  # no loop runs here
+                    described = handle.describe.remote().result(timeout_s=HTTP_READY_S)
+                    yield name, described.startup_s
+
+    def _drain(self) -> None:
+        names = list(serve.status().applications)
+        self._say("[Serve] draining: open streams are finished first, a second signal ends them")
+        _get_global_client().delete_apps(names, blocking=False)
+        deadline = time.monotonic() + LONGEST_STREAM_S
+        while time.monotonic() < deadline and serve.status().applications:
+            time.sleep(POLL_S)
+
+
+def _listed(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())

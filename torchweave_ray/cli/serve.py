@@ -1,0 +1,134 @@
+"""`torchweave serve`: a Ray of its own on this machine, in the HAProxy profile, and the app on it.
+
+Owns the process: the environment before Ray starts, signals, folders, the exit. What is deployed,
+and how one waits for it, is deployments/launch.py.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+LONGEST_STREAM_S = 600
+DEREGISTER_S = 1
+"""How long a stopping ingress stays reachable, for HAProxy to learn that it goes."""
+PORTS_OF_A_RUN = 100
+
+
+def serve(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A Serve configuration. Default: serve_config.yaml, if it is here."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Serve this model instead: whatever `torchweave optimize` takes."),
+    ] = None,
+    artifact: Annotated[
+        Path | None, typer.Option(help="Serve this staged artifact instead.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")] = None,
+    haproxy: Annotated[
+        bool, typer.Option(help="HAProxy in front, in place of Ray's own Python proxy.")
+    ] = True,
+    dashboard: Annotated[bool, typer.Option(help="Start Ray's dashboard too.")] = True,
+) -> None:
+    """Start Ray on this machine and serve a model over HTTP until SIGTERM or Ctrl-C.
+
+    Then the streams that are open are finished first; a second signal ends them at once.
+    """
+    stop = StopSignal()
+    folder = Path(tempfile.mkdtemp(prefix="torchweave-"))
+    if haproxy:
+        for name, value in haproxy_profile(folder).items():
+            os.environ.setdefault(name, value)
+    if recipe or artifact:  # the command line goes over the environment
+        for name in ("HF_MODEL", "ARTIFACT_MODEL_DIR"):
+            os.environ.pop(name, None)
+    try:
+        # Only now: Ray Serve reads the environment when it is imported.
+        from deployments.launch import Launch, load_config
+
+        plan = load_config(config, recipe, artifact, host, port)
+        Launch(plan, dashboard, typer.echo).run(stop.event, stop.install)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class StopSignal:
+    """The first SIGTERM or SIGINT asks to stop; the second one ends the process, and with it Ray,
+    whose processes die with their parent."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.install()
+
+    def install(self) -> None:
+        """Ray puts handlers of its own in place when it starts: call this again after that."""
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.event.is_set():
+            os._exit(128 + number)
+        self.event.set()
+
+
+def haproxy_profile(folder: Path) -> dict[str, str]:
+    """Environment of Ray's processes: HAProxy and one loop for everything. Ports and files are
+    this run's own, so that two can run on one host."""
+    http, grpc = _free_range(), _free_range()
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http + PORTS_OF_A_RUN),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc + PORTS_OF_A_RUN),
+        # A reload must not cut the streams of the HAProxy process that it replaces.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_S),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _free_range() -> int:
+    """The first port of a range below the ephemeral ones whose first ports are free."""
+    for _ in range(50):
+        start = random.randrange(20_000, 32_000, PORTS_OF_A_RUN)
+        if all(_is_free(port) for port in range(start, start + 4)):
+            return start
+    return 30_000
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
