@@ -79,7 +79,7 @@ def load_model(
     with stages.timed("first_step"):
         _run_first_step(runner)
     info = ModelInfo(
-        id=model_id or artifact_dir.resolve().name,
+        id=model_id or artifact_dir.absolute().name,
         artifact_id=manifest.artifact_id,
         numerics_id=_numerics_id(manifest, executor, dtype, device),
         architecture=model.architecture,

@@ -66,8 +66,8 @@ class LLM:
                 "stage the model first with `torchweave optimize`, then pass the folder it made"
             )
         self._config = EngineConfig.from_dict(options)
-        self.tokenizer = load_tokenizer(directory)
         self._loaded = load_model(directory, self._config)
+        self.tokenizer = load_tokenizer(directory)
         self._engine = build_engine(self._loaded, self._config, self.tokenizer)
         self._request_ids = itertools.count()
 

@@ -128,7 +128,7 @@ def test_it_can_go_on_after_an_interruption(llm: LLM) -> None:
 def test_a_model_is_an_artifact_folder(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="torchweave optimize"):
         LLM("HuggingFaceTB/SmolLM2-135M-Instruct")
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
         LLM(tmp_path)
 
 

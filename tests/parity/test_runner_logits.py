@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,9 @@ def test_logprobs_of_many_rows_are_those_of_each() -> None:
     assert math.isclose(together[3].top[0][1], torch.log_softmax(logits[3], 0).max().item())
 
 
-def _scheduled(start: int, num: int, token_ids: list[int], table: list[int], **kwargs: object):
+def _scheduled(
+    start: int, num: int, token_ids: list[int], table: list[int], **kwargs: Any
+) -> ScheduledSequence:
     return ScheduledSequence(
         seq_id=0,
         start=start,

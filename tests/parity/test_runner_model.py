@@ -190,7 +190,13 @@ def test_pooling_gives_the_last_hidden_state_beside_sampling() -> None:
     assert [len(tokens) for tokens in result.token_ids] == [0, 1]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, HARD, SamplingParams(temperature=1.5, logprobs=1)])
+REPEATING = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias={7: 100.0, 8: 80.0})
+"""Gives 7, 8, 7, 7: each draw hangs on the one before through the penalty alone."""
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, HARD, REPEATING, SamplingParams(temperature=1.5, logprobs=1)]
+)
 def test_drafts_never_change_what_is_drawn(sampling: SamplingParams) -> None:
     prompt = [3, 9, 27, 11]
     truth = _generate(_runner(), prompt, [1, 2, 3], 6, sampling=sampling)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchweave_ray.runner.philox import philox4x32, uniforms
-from torchweave_ray.runner.sampler import NO_TOKEN, Draw, sample
+from torchweave_ray.runner.sampler import NO_TOKEN, Draw, draw, sample
 from torchweave_ray.sampling_params import SamplingParams
 
 VOCAB = 640
@@ -140,6 +140,30 @@ def test_top_p_is_the_same_however_many_tokens_it_has_to_look_at() -> None:
     assert {token_id % 2 for token_id in drawn} == {0}
     assert drawn == [_reference(flat, d.sampling, _uniform(d)) for d in draws]
     assert set(sample(peaked.repeat(64, 1), draws)) == {7}
+
+
+def _draw_at(logits: Tensor, u: float, top_p: float = 1.0) -> int:
+    uniform = torch.tensor([u], dtype=torch.float64)
+    row = logits[None]
+    return int(draw(row, row.amax(-1), torch.ones(1), [0], [top_p], [0.0], uniform))
+
+
+def test_boundaries_belong_to_the_token_behind_them() -> None:
+    equal = torch.zeros(4)  # cumulative 1, 2, 3, 4
+    assert [_draw_at(equal, u) for u in (0.0, 0.25, 0.5, 0.7499, 0.75, 1.0)] == [0, 1, 2, 2, 3, 3]
+    assert _draw_at(torch.tensor([-torch.inf, 0.0, -torch.inf]), 1.0) == 1
+
+
+def test_top_p_stops_where_the_likelier_tokens_hold_just_that_share() -> None:
+    for gap in range(1, 100):
+        logits = torch.tensor([0.0, -gap / 50])
+        total = 1.0 + torch.exp(logits)[1].double().item()
+        share = 1.0 / total
+        if share * total == 1.0:
+            assert _draw_at(logits, 0.999, top_p=share) == 0
+            assert _draw_at(logits, 0.999, top_p=math.nextafter(share, 1) + 1e-12) == 1
+            return
+    raise AssertionError("no share is exact")
 
 
 def test_greedy_takes_the_lowest_id_on_ties() -> None:
