@@ -32,7 +32,7 @@ def _run_against(server: FakeServer, *args: str) -> Result:
 def test_help_names_every_command() -> None:
     result = _run("--help")
     assert result.exit_code == 0
-    for name in ("optimize", "doctor", "bench"):
+    for name in ("serve", "generate", "optimize", "doctor", "bench"):
         assert name in result.output
 
 

@@ -8,6 +8,7 @@ from torchweave_ray.cli.bench import serving, throughput
 from torchweave_ray.cli.doctor import doctor
 from torchweave_ray.cli.generate import generate
 from torchweave_ray.cli.optimize import optimize
+from torchweave_ray.cli.serve import serve
 
 
 def build_app() -> typer.Typer:
@@ -18,6 +19,7 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.command()(serve)
     app.command()(generate)
     app.command()(optimize)
     app.command()(doctor)

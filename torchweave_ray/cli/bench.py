@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 
 RESULTS = Path("benchmarks/results")
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+Sse = Annotated[
+    str | None, typer.Option(help="Measure this /v1/generate address instead of --url.")
+]
+Unbatched = Annotated[
+    str | None, typer.Option(help="Measure this /v1/generate_nobatch address too.")
+]
+TokenizerFile = Annotated[Path | None, typer.Option(help="tokenizer.json: send exact token ids.")]
+CpuOf = Annotated[
+    list[int] | None,
+    typer.Option(help="Process id of the server: report its tree's CPU ms a token."),
+]
 Concurrency = Annotated[str, typer.Option(help="Clients at once; several points: 1,4,16,32.")]
 Requests = Annotated[
     int | None,
@@ -36,29 +49,18 @@ Results = Annotated[Path, typer.Option(help="Folder of the results file.")]
 
 
 def serving(
-    url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = (
-        "http://127.0.0.1:8000"
-    ),
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = DEFAULT_URL,
     endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
-    model: Annotated[str | None, typer.Option(help="Default: the server's first.")] = None,
-    sse: Annotated[
-        str | None, typer.Option(help="Measure this /v1/generate address instead of --url.")
-    ] = None,
-    nobatch: Annotated[
-        str | None, typer.Option(help="Measure this /v1/generate_nobatch address too.")
-    ] = None,
+    name: Annotated[str | None, typer.Option("--model", help="Default: its first.")] = None,
+    sse: Sse = None,
+    nobatch: Unbatched = None,
     concurrency: Concurrency = "1,4,16,32",
     requests: Requests = None,
     input_len: InputLen = 100,
     output_len: OutputLen = 128,
     warmup: Annotated[int | None, typer.Option(help="Default: one a client.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json: send exact token ids.")
-    ] = None,
-    cpu_of: Annotated[
-        list[int] | None,
-        typer.Option(help="Process id of the server: report its tree's CPU ms a token."),
-    ] = None,
+    tokenizer: TokenizerFile = None,
+    cpu_of: CpuOf = None,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
     seed: Seed = None,
     save: Save = False,
@@ -68,7 +70,7 @@ def serving(
 
     One JSON line a point on stdout, then a table. Tokens are counted from the server's usage.
     """
-    from torchweave_ray.bench.serving import ServingConfig, run_benchmark, run_in_loop
+    from torchweave_ray.bench.serving import ServingConfig, run_in_loop
 
     config = ServingConfig(
         concurrency=_concurrency(concurrency),
@@ -81,13 +83,8 @@ def serving(
         tokenizer=tokenizer,
         cpu_of=tuple(cpu_of or ()),
     )
-
-    async def main() -> tuple[list[Target], list[Point]]:
-        targets = await _targets(url, endpoint, model, sse, nobatch)
-        return targets, await run_benchmark(targets, config, _print_line)
-
     try:
-        targets, points = run_in_loop(main())
+        targets, points = run_in_loop(_serving(config, url, endpoint, name, sse, nobatch))
     except ProcessLookupError as error:
         raise typer.BadParameter(str(error), param_hint="--cpu-of") from error
     _report(points)
@@ -96,6 +93,20 @@ def serving(
         _save(results, "serving", {**_set_values(config), "targets": addresses}, points)
     if any(point.failed for point in points):
         raise typer.Exit(1)
+
+
+async def _serving(
+    config: ServingConfig,
+    url: str,
+    endpoint: str,
+    model: str | None,
+    sse: str | None,
+    nobatch: str | None,
+) -> tuple[list[Target], list[Point]]:
+    from torchweave_ray.bench.serving import run_benchmark
+
+    targets = await _targets(url, endpoint, model, sse, nobatch)
+    return targets, await run_benchmark(targets, config, _print_line)
 
 
 async def _targets(
