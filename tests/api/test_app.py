@@ -109,6 +109,8 @@ def test_request_id(api: Api, given: str, is_echoed: bool) -> None:
         answered = api.get(path, headers={"x-request-id": given}).headers["x-request-id"]
         assert (answered == given) is is_echoed
         assert answered
+    answer = api.post("/v1/chat/completions", CHAT)
+    assert answer.json()["id"] == f"chatcmpl-{answer.headers['x-request-id']}"
     assert api.get("/health").headers["x-request-id"] != api.get("/health").headers["x-request-id"]
 
 

@@ -31,6 +31,9 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"temperature": [1]}, "temperature"),
     ({"top_k": -1}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
+    ({"top_k": 10**30}, "top_k"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"stop_token_ids": [10**30]}, "stop_token_ids"),
     ({"top_p": 0}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
     ({"min_p": NAN}, "min_p"),
@@ -178,6 +181,16 @@ def test_a_wrong_value_names_its_field(
 )
 def test_malformed_json(api: Api, path: str, raw: bytes) -> None:
     assert check_error(api.request("POST", path, content=raw), 400, None)
+
+
+@pytest.mark.parametrize("depth", [100, 400, 800, 900, 950, 1_200])
+def test_a_deep_body_is_never_a_server_error(api: Api, depth: int) -> None:
+    nested = "[" * depth + '"\\u0041"' + "]" * depth
+    for field in ("chat_template_kwargs", "messages", "tools", "metadata", "nonsense"):
+        value = f'{{"x": {nested}}}' if field == "chat_template_kwargs" else nested
+        body = f'{{"messages": [{{"role": "user", "content": "x"}}], "{field}": {value}}}'
+        response = api.request("POST", CHAT, content=body.encode())
+        assert response.status_code in (200, 400), response.text
 
 
 def test_half_a_surrogate_pair_is_refused(api: Api) -> None:

@@ -184,7 +184,8 @@ def test_an_unexpected_failure_tells_nothing_of_the_inside(
 def test_one_line_in_the_log(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     api.backend.script = Script(finish_reason=FinishReason.LENGTH)
-    api.post("/v1/generate", {"prompt": "hi"})
+    api.post("/v1/generate", {"prompt": "hi"}, headers={"x-request-id": "find-me"})
     (line,) = [r.getMessage() for r in caplog.records if "[Request]" in r.getMessage()]
+    assert "id=find-me model=tiny" in line
     assert "tokens=9" in line
     assert "finish=length" in line

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,19 +25,29 @@ from torchweave_ray.errors import InvalidRequest, RequestError, RequestTooLarge
 logger = logging.getLogger(__name__)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_REQUEST_ID = "torchweave.request_id"
+_IDS = "torchweave.ids"
+
+
+class _Ids(NamedTuple):
+    own: str
+    shown: str
+    """The client's own id when it gave a harmless one; else equal to `own`."""
 
 
 class Call:
     """One POST: its JSON object, and the stack that closes whatever it opened."""
 
-    def __init__(self, body: dict[str, Any], stack: AsyncExitStack, started_at: float) -> None:
+    def __init__(
+        self, body: dict[str, Any], stack: AsyncExitStack, started_at: float, ids: _Ids
+    ) -> None:
         self.body = body
         self.stack = stack
+        self.request_id = ids.shown
+        """The x-request-id of the answer, for the log."""
+        self.id = ids.own
+        """Unguessable: whoever knows it may stop the request."""
         self.started_at = started_at
         """On the monotonic clock, before the body was read."""
-        self.id = uuid.uuid4().hex
-        """Ours and unguessable: whoever knows it may stop the request."""
         self.ignored: list[str] = []
         """Fields that were accepted without effect; the answer lists them."""
 
@@ -62,10 +72,17 @@ class Endpoint:
         body = _parse_object(raw)
         # The stack unwinds last: a client that leaves must not disturb the closing.
         async with AsyncExitStack() as stack:
-            call = Call(body, stack, started_at)
+            call = Call(body, stack, started_at, scope[_IDS])
             async with _WhileConnected(receive):
-                answer = await self._handler(call)
+                answer = await self._answer(call)
                 await answer(scope, receive, send)
+
+    async def _answer(self, call: Call) -> ASGIApp:
+        try:
+            return await self._handler(call)
+        except RecursionError:
+            # Nothing but the body has a depth that somebody else chose.
+            raise _too_deep() from None
 
 
 class RequestIds:
@@ -82,7 +99,9 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        own = uuid.uuid4().hex
+        request_id = given if _SANE_REQUEST_ID.fullmatch(given) else own
+        scope[_IDS] = _Ids(own, request_id)
         has_begun = False
 
         async def send_with_id(message: Message) -> None:
@@ -161,14 +180,19 @@ def _too_large(limit: int) -> RequestTooLarge:
 def _parse_object(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        detail = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest(f"the body is not JSON: {detail}", None, "invalid_json") from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("the body must be a JSON object", None, "invalid_json")
-    if b"\\u" in raw:
-        _refuse_lone_surrogates(body)
+        if not isinstance(body, dict):
+            raise InvalidRequest("the body must be a JSON object", None, "invalid_json")
+        if b"\\u" in raw:
+            _refuse_lone_surrogates(body)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}", None, "invalid_json") from None
     return body
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest("the body is nested too deep", None, "invalid_json")
 
 
 def _refuse_lone_surrogates(body: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ class Progress:
         ttft = "none" if self.ttft_s is None else f"{self.ttft_s:.3f}s"
         logger.info(
             "[Request] id=%s model=%s ttft=%s total=%.3fs tokens=%d tokens/sec=%.1f finish=%s",
-            self._call.id,
+            self._call.request_id,
             self._model,
             ttft,
             total_s,
@@ -164,15 +164,17 @@ class Choice:
     """All that one choice said."""
 
     def __init__(self) -> None:
-        self.text = ""
-        self.token_ids: list[int] = []
+        self._pieces: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
 
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
     def add(self, delta: ChoiceDelta) -> None:
-        self.text += delta.text
-        self.token_ids += delta.token_ids
+        self._pieces.append(delta.text)
         self.logprobs += delta.logprobs or ()
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason

@@ -30,7 +30,7 @@ class SamplingFields(Body):
     """`SamplingParams` under vLLM's names; a null is as good as nothing."""
 
     temperature: float | None = Field(None, description="0 is greedy")
-    top_k: int | None = Field(None, description="0 keeps all tokens")
+    top_k: int | None = Field(None, le=2**31 - 1, description="0 keeps all tokens")
     top_p: float | None = Field(None, description="above 0, at most 1")
     min_p: float | None = Field(None, description="0 to 1, of the likeliest token's probability")
     repetition_penalty: float | None = Field(None, description="above 0; 1 changes nothing")

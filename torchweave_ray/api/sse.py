@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
+from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import INTERNAL_ERROR
 from torchweave_ray.errors import RequestError
 from torchweave_ray.outputs import RequestOutput
@@ -70,15 +71,19 @@ class EventStream:
 
     def __init__(
         self,
+        call: Call,
         outputs: Outputs,
         writer: Writer,
         ping_interval_s: float,
-        headers: Mapping[str, str],
     ) -> None:
+        self._request_id = call.request_id
         self._outputs = outputs
         self._writer = writer
         self._ping_interval_s = ping_interval_s
-        own = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        own = [
+            (name.encode("latin-1"), value.encode("latin-1"))
+            for name, value in call.headers.items()
+        ]
         self._headers = [*_HEADERS, *own]
         self._has_begun = False
         self._last_sent = 0.0
@@ -110,7 +115,7 @@ class EventStream:
         except Exception:
             if not self._has_begun:
                 raise
-            logger.exception("a stream failed")
+            logger.exception("x-request-id %s failed in its stream", self._request_id)
             await self._write(self._writer.error(RequestError(INTERNAL_ERROR)))
 
     async def _write(self, chunk: bytes) -> None:

@@ -25,6 +25,8 @@ class TokenBytes(dict[int, bytes]):
         self._byte_of_char = _byte_of_char() if form["type"] == "ByteLevel" else None
         self._replacements: list[tuple[str, str]] = form.get("replacements", [])
         self._byte_fallback: bool = form.get("byte_fallback", False)
+        self.texts: dict[int, str] = {}
+        """Text of a token that neither begins nor ends within a character, once it was seen."""
         self.num_stripped: int = form.get("num_stripped", 0)
         """So many spaces are dropped at the start of a text."""
 
@@ -61,19 +63,30 @@ class TokenBytes(dict[int, bytes]):
 class ByteDecoder:
     """UTF-8, a token at a time. Exact: a character is given as soon as its last byte came."""
 
-    __slots__ = ("_num_stripped", "_skipped", "_token_bytes", "_utf8")
+    __slots__ = ("_is_between", "_num_stripped", "_skipped", "_texts", "_token_bytes", "_utf8")
 
     def __init__(self, token_bytes: TokenBytes, skipped: frozenset[int]) -> None:
         self._token_bytes = token_bytes
+        self._texts = token_bytes.texts
         self._skipped = skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_stripped = token_bytes.num_stripped
+        self._is_between = self._num_stripped == 0
+        """No part of a character waits and nothing is left to strip: the usual state."""
 
     def step(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
+        if self._is_between and (known := self._texts.get(token_id)) is not None:
+            return known
         text = self._utf8.decode(self._token_bytes[token_id])
-        return self._strip(text) if self._num_stripped and text else text
+        was_between = self._is_between
+        if self._num_stripped and text:
+            text = self._strip(text)
+        self._is_between = not self._num_stripped and not self._utf8.getstate()[0]
+        if was_between and self._is_between:
+            self._texts[token_id] = text
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

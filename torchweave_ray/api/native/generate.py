@@ -29,7 +29,7 @@ class NativeApi:
         progress = Progress(call, request.model)
         outputs = generate(call, self._service.backend, [request])
         interval = self._service.settings.ping_interval_s
-        return EventStream(outputs, _TextWriter(progress), interval, call.headers)
+        return EventStream(call, outputs, _TextWriter(progress), interval)
 
     async def unbatched(self, call: Call) -> ASGIApp:
         """The baseline: this request is alone in its steps."""

@@ -43,7 +43,7 @@ class ChatApi:
                 identity, _ChatShape(model.tokenizer), progress, request.n, includes_usage(body)
             )
             interval = self._service.settings.ping_interval_s
-            return EventStream(outputs, writer, interval, call.headers)
+            return EventStream(call, outputs, writer, interval)
         choices = await collect(outputs, progress, num_prompts=1, n=request.n)
         answer = {
             **identity.head("chat.completion"),

@@ -49,7 +49,7 @@ class CompletionsApi:
                 identity, _TextShape(model.tokenizer), progress, n, includes_usage(body)
             )
             interval = self._service.settings.ping_interval_s
-            return EventStream(outputs, writer, interval, call.headers)
+            return EventStream(call, outputs, writer, interval)
         choices = await collect(outputs, progress, len(requests), n)
         answer = {
             **identity.head("text_completion"),
