@@ -189,7 +189,7 @@ class Scheduler:
         if stop is not None:
             self.finish(seq, *stop)
         logprobs = result.logprobs[row] if result.logprobs else None
-        return SequenceUpdate(seq, (token_id,), tuple(logprobs) if logprobs is not None else None)
+        return SequenceUpdate(seq, (token_id,), None if logprobs is None else tuple(logprobs))
 
     # Inside a step.
 
@@ -202,13 +202,11 @@ class Scheduler:
         key = self._waiting.queue_key
         prompts = [s for s in batch if not s.is_waiting and s.num_remaining_tokens > 1]
         is_admitting = True
-        queue = heapq.merge(sorted(prompts, key=key), list(self._waiting), key=key)
-        for seq in queue:
+        for seq in heapq.merge(sorted(prompts, key=key), list(self._waiting), key=key):
             if step.budget.is_spent:
                 return
             if seq.status is SequenceStatus.RUNNING:
-                if seq.seq_id not in step.seq_ids:
-                    self._schedule_chunk(seq, step)
+                self._schedule_chunk(seq, step)
             elif is_admitting:
                 is_admitting = self._admit(seq, step)
 
