@@ -1,0 +1,169 @@
+"""A Ray cluster for tests: small, on free ports, and what the tests ask it. No test in here."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+CONFIG = Path(__file__).resolve().parents[2] / "serve_config.yaml"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def ray_cluster(num_cpus: int, port: int) -> Iterator[None]:
+    ray.init(
+        address="local",
+        namespace="serve",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=80 << 20,
+        log_to_driver=False,
+    )
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def config(args: dict[str, Any], **application: Any) -> ServeDeploySchema:
+    """serve_config.yaml with other arguments: what runs is what the file says."""
+    values = yaml.safe_load(CONFIG.read_text())
+    values["applications"][0] |= {"args": args, **application}
+    return ServeDeploySchema.model_validate(values)
+
+
+def deploy(*configs: ServeDeploySchema) -> None:
+    first = configs[0].model_copy(deep=True)
+    first.applications = [app for each in configs for app in each.applications]
+    _get_global_client().deploy_apps(first, _blocking=False)
+
+
+def wait_until(done: Callable[[], Any], timeout_s: float = 60) -> Any:
+    """The first truthy answer."""
+    deadline = time.monotonic() + timeout_s
+    while not (answer := done()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.05)
+    return answer
+
+
+def is_running(app: str) -> bool:
+    application = serve.status().applications.get(app)
+    return application is not None and application.status == "RUNNING"
+
+
+def deployment_message(app: str, deployment: str) -> str:
+    application = serve.status().applications.get(app)
+    found = application.deployments.get(deployment) if application else None
+    return found.message if found else ""
+
+
+def replica_pids(deployment: str, app: str = "torchweave") -> list[int]:
+    """Processes of a deployment, of the cluster that this process started only."""
+    title = f"ray::ServeReplica:{app}:{deployment}"
+    found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [pid for pid in found if title in _read(pid, "cmdline") and _is_ours(pid)]
+
+
+def _is_ours(pid: int) -> bool:
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        fields = _read(pid, "stat").rpartition(")")[2].split()
+        pid = int(fields[1]) if fields else 0
+    return False
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:  # it has just ended
+        return ""
+
+
+class Client:
+    """HTTP over one connection a call, with the stream's events as they come."""
+
+    def __init__(self, port: int, prefix: str = "") -> None:
+        self.port = port
+        self.prefix = prefix
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self._call("GET", path, None)[:2]
+
+    def post(self, path: str, **body: Any) -> tuple[int, Any, dict[str, str]]:
+        return self._call("POST", path, body)
+
+    def _call(self, method: str, path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(
+                method, self.prefix + path, None if body is None else json.dumps(body)
+            )
+            response = connection.getresponse()
+            text = response.read().decode()
+            try:
+                answer = json.loads(text)
+            except ValueError:
+                answer = text
+            return response.status, answer, {k.lower(): v for k, v in response.getheaders()}
+        finally:
+            connection.close()
+
+    def stream(self, prompt: str, **body: Any) -> Stream:
+        return Stream(self, {"prompt": prompt, "temperature": 0, **body})
+
+    def text(self, prompt: str, **body: Any) -> str:
+        stream = self.stream(prompt, **body)
+        return "".join(stream.pieces())
+
+
+class Stream:
+    """One /v1/completions stream; leaving it early hangs up."""
+
+    def __init__(self, client: Client, body: dict[str, Any]) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+        body = {"stream": True, "stream_options": {"include_usage": True}, **body}
+        self._connection.request("POST", client.prefix + "/v1/completions", json.dumps(body))
+        self.response = self._connection.getresponse()
+        assert self.response.status == 200, self.response.read()
+        self.finish_reason: str | None = None
+        self.usage: dict[str, Any] | None = None
+
+    def pieces(self) -> Iterator[str]:
+        for raw in self.response:
+            line = raw.decode().strip()
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            self.usage = chunk.get("usage") or self.usage
+            for choice in chunk["choices"]:
+                self.finish_reason = choice["finish_reason"] or self.finish_reason
+                yield choice["text"]
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        self.response.close()
+        self._connection.close()

@@ -1,0 +1,239 @@
+"""The application on a real Ray: both transports, refusals, disconnects, deaths, changes in place.
+
+The tiny model has a vocabulary of bytes, so its text is noise; equal noise is what counts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from tests.serve import cluster
+from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.tiny import make_tiny_artifact
+from torchweave_ray.errors import InvalidRequest, ModelNotFound
+from torchweave_ray.models.artifact import WEIGHTS
+
+pytestmark = pytest.mark.ray
+
+TINY = "ModelReplica:tiny"
+PROMPT = "the quick brown fox"
+DEFAULT_TOKENS = 7
+LONG: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True}
+
+
+@dataclass
+class Served:
+    bus: Client
+    handle: Client
+    artifact: Path
+
+    def args(self, **changes: Any) -> dict[str, Any]:
+        model = {
+            "id": "tiny",
+            "artifact": str(self.artifact),
+            "num_replicas": 2,
+            "num_cpus": 1,
+            "threads": 1,
+            "engine": {
+                "cache": {"kv_memory": 4 << 20},
+                "scheduler": {"max_num_seqs": 8, "max_waiting_tokens": 600},
+            },
+        }
+        return {"models": [model | changes]}
+
+    def config(self, **deployment: Any) -> Any:
+        deployments = [{"name": TINY, **deployment}] if deployment else []
+        return config(self.args(), deployments=deployments)
+
+    def handle_config(self) -> Any:
+        args = self.args(num_replicas=1) | {"ingress": {"bus": False}}
+        return config(args, name="by-handle", route_prefix="/by-handle")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    port = cluster.free_port()
+    artifact = make_tiny_artifact(tmp_path_factory.mktemp("artifact") / "tiny")
+    served = Served(Client(port), Client(port, "/by-handle"), artifact)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAX_NEW_TOKENS", str(DEFAULT_TOKENS))
+        with cluster.ray_cluster(num_cpus=6, port=port):
+            deploy(served.config(), served.handle_config())
+            wait_until(lambda: cluster.is_running("torchweave"))
+            wait_until(lambda: cluster.is_running("by-handle"))
+            wait_until(lambda: served.bus.get("/health")[0] == 200)
+            yield served
+
+
+def stats(app: str = "torchweave") -> list[Any]:
+    handle = serve.get_deployment_handle(TINY, app)
+    each: list[Any] = handle.broadcast("stats").results(timeout_s=10)
+    return each
+
+
+def is_idle() -> bool:
+    return all(
+        s.num_running == s.num_waiting == 0 and s.num_blocks == s.num_free_blocks for s in stats()
+    )
+
+
+def test_both_transports_give_the_same_answers(served: Served) -> None:
+    for body in ({"temperature": 0}, {"seed": 3}, {"seed": 3, "n": 3}, {"seed": 3, "logprobs": 2}):
+        answers = [
+            client.post("/v1/completions", prompt=PROMPT, max_tokens=40, **body)
+            for client in (served.bus, served.handle)
+        ]
+        (status, first, _), (_, second, _) = answers
+        assert status == 200
+        assert first["choices"] == second["choices"]
+        assert first["usage"]["completion_tokens"] == second["usage"]["completion_tokens"]
+
+
+def test_tokens_really_go_by_the_bus(served: Served) -> None:
+    served.bus.text(PROMPT)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    (by_bus,) = logs.glob("*torchweave_Ingress*.log")
+    (by_handle,) = logs.glob("*by-handle_Ingress*.log")
+    assert "[Bus] replica tiny" in by_bus.read_text()
+    assert "[Bus]" not in by_handle.read_text()
+    assert "[Request] id=" in by_bus.read_text()
+
+
+def test_the_environment_reaches_the_builder(served: Served) -> None:
+    _, answer, _ = served.bus.post("/v1/completions", prompt=PROMPT, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == DEFAULT_TOKENS
+
+
+def test_a_crowd_reads_what_one_reads_alone(served: Served) -> None:
+    prompts = [f"{PROMPT} {i % 3}" for i in range(12)]
+    alone = {prompt: served.bus.text(prompt, **LONG) for prompt in set(prompts)}
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        texts = list(pool.map(lambda prompt: served.bus.text(prompt, **LONG), prompts))
+    assert texts == [alone[prompt] for prompt in prompts]
+
+
+@pytest.mark.parametrize("transport", ["bus", "handle"])
+def test_a_client_that_leaves_frees_its_blocks(served: Served, transport: str) -> None:
+    app = "torchweave" if transport == "bus" else "by-handle"
+    before = sum(s.num_finished for s in stats(app))
+    stream = getattr(served, transport).stream(PROMPT, **LONG | {"n": 2})
+    next(stream.pieces())
+    stream.hang_up()
+    wait_until(lambda: sum(s.num_finished for s in stats(app)) > before, 5)
+    wait_until(is_idle, 5)
+    assert sum(s.num_generated_tokens for s in stats(app)) > 0
+
+
+def test_refusals_of_replicas_are_statuses(served: Served) -> None:
+    """The engine's own refusal: too many prompt tokens are waiting."""
+    body = {"max_tokens": 100, "ignore_eos": True}
+
+    def ask(i: int) -> tuple[int, Any, dict[str, str]]:
+        return served.bus.post("/v1/completions", prompt=f"{i:3}" + "x" * 200, **body)
+
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(ask, range(60)))
+    statuses = {status for status, _, _ in answers}
+    assert statuses == {200, 429}
+    for status, answer, headers in answers:
+        if status == 429:
+            assert answer["error"]["type"] == "rate_limit_error"
+            assert int(headers["retry-after"]) >= 1
+    wait_until(is_idle, 10)
+
+
+def test_bad_requests_name_the_field(served: Served) -> None:
+    for body, status, param in (
+        ({"prompt": "x" * 3000}, 400, "prompt"),
+        ({"prompt": PROMPT, "model": "other"}, 404, "model"),
+        ({"prompt": PROMPT, "temperature": -1}, 400, "temperature"),
+    ):
+        got, answer, _ = served.bus.post("/v1/completions", **body)
+        assert (got, answer["error"]["param"]) == (status, param)
+
+
+def test_the_ingress_has_no_torch(served: Served) -> None:
+    (pid,) = cluster.replica_pids("Ingress")
+    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_python_handles(served: Served) -> None:
+    handle = serve.get_app_handle("torchweave").options(stream=True)
+    outputs = list(handle.generate.remote(PROMPT, max_tokens=9, temperature=0, ignore_eos=True))
+    text = "".join(delta.text for output in outputs for delta in output.deltas)
+    assert text == served.bus.text(PROMPT, max_tokens=9, ignore_eos=True)
+    assert outputs[-1].usage.completion_tokens == 9
+    with pytest.raises(ModelNotFound):
+        list(handle.generate.remote(PROMPT, model="other"))
+    with pytest.raises(InvalidRequest, match="did you mean 'temperature'"):
+        list(handle.generate.remote(PROMPT, temperatur=0))
+
+
+def test_streams_survive_the_death_of_their_replica(served: Served) -> None:
+    expected = served.bus.text(PROMPT, **LONG)
+    victim, survivor = cluster.replica_pids(TINY)
+    streams = [served.bus.stream(PROMPT, **LONG) for _ in range(6)]
+    readers = [stream.pieces() for stream in streams]
+    texts = [next(reader) for reader in readers]
+    os.kill(victim, signal.SIGKILL)
+    with ThreadPoolExecutor(len(readers)) as pool:
+        rest = list(pool.map(lambda reader: "".join(reader), readers))
+    assert [a + b for a, b in zip(texts, rest, strict=True)] == [expected] * 6
+    assert all(stream.usage and stream.usage["completion_tokens"] == 300 for stream in streams)
+    assert served.bus.text(PROMPT, **LONG) == expected
+    wait_until(lambda: len(set(cluster.replica_pids(TINY)) - {victim, survivor}) == 1)
+
+
+def test_user_config_changes_in_place(served: Served) -> None:
+    wait_until(lambda: len(cluster.replica_pids(TINY)) == 2)
+    wait_until(lambda: cluster.is_running("torchweave"))
+    before = sorted(cluster.replica_pids(TINY))
+    stream = served.bus.stream(PROMPT, **LONG)
+    pieces = stream.pieces()
+    next(pieces)
+    deploy(served.config(user_config={"max_num_seqs": 1}), served.handle_config())
+    assert len("".join(pieces)) > 0
+    assert stream.finish_reason == "length"
+    wait_until(lambda: cluster.is_running("torchweave"))
+    assert sorted(cluster.replica_pids(TINY)) == before
+    streams = [served.bus.stream(PROMPT, **LONG) for _ in range(4)]
+    assert max(s.num_running for s in stats()) == 1
+    for each in streams:
+        each.hang_up()
+    deploy(served.config(user_config={"max_num_seq": 1}), served.handle_config())
+    wait_until(
+        lambda: "did you mean 'max_num_seqs'" in cluster.deployment_message("torchweave", TINY)
+    )
+    deploy(served.config(), served.handle_config())
+    wait_until(lambda: cluster.is_running("torchweave"))
+
+
+def test_a_tampered_artifact_is_named(served: Served, tmp_path: Path) -> None:
+    artifact = Path(shutil.copytree(served.artifact, tmp_path / "bad"))
+    raw = bytearray((artifact / WEIGHTS).read_bytes())
+    raw[-1] ^= 1
+    (artifact / WEIGHTS).write_bytes(raw)
+    args = served.args(artifact=str(artifact), num_replicas=1, num_cpus=0.1)
+    bad = config(args, name="bad", route_prefix="/bad")
+    deploy(served.config(), served.handle_config(), bad)
+    wait_until(lambda: f"{WEIGHTS} was altered" in cluster.deployment_message("bad", TINY))
+    client = Client(served.bus.port, "/bad")
+    answer = wait_until(lambda: _if_unavailable(client))
+    assert f"{WEIGHTS} was altered" in answer["reason"]
+    deploy(served.config(), served.handle_config())
+
+
+def _if_unavailable(client: Client) -> Any:
+    status, answer = client.get("/health")
+    return answer if status == 503 and isinstance(answer, dict) else None
