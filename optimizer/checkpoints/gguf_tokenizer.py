@@ -7,32 +7,54 @@ another implementation, text by text, are known; any other is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from torchweave_ray.errors import ArtifactError
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 
 
-def _smollm() -> Any:
-    """Each digit alone, then GPT-2's split. Digits first: `a  1` gives `a`, two spaces, `1`."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+@dataclass(frozen=True, slots=True)
+class PreTokenizer:
+    """What a GGUF means by the name of a pre-tokenizer."""
+
+    build: Callable[[], Any]
+    ignore_merges: bool = False
+    """A piece that is a token as a whole is not cut, even if no merges lead to it."""
+    add_bos: bool = False
+    """Where the file's own flag is absent."""
 
 
 def _gpt2() -> Any:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = MappingProxyType(
-    {"smollm": _smollm, "gpt-2": _gpt2}
+def _smollm() -> Any:
+    """Each digit alone, then GPT-2's split. Digits first: `a  1` gives `a`, two spaces, `1`."""
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _llama3() -> Any:
+    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
+    {
+        "smollm": PreTokenizer(_smollm),
+        "gpt-2": PreTokenizer(_gpt2),
+        "llama-bpe": PreTokenizer(_llama3, ignore_merges=True, add_bos=True),
+    }
 )
 
 
@@ -51,10 +73,11 @@ def tokenizer_json(metadata: Mapping[str, Any], vocab_size: int) -> bytes:
         raise ArtifactError(f"GGUF token type {unknown.pop()} is not one of a byte-level BPE")
     merges = [_merge(merge) for merge in metadata.get("tokenizer.ggml.merges") or []]
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre_tokenizer.ignore_merges)
     except Exception as error:  # the Rust library raises plain Exception
         raise ArtifactError(f"GGUF merges do not fit its vocabulary: {error}") from error
-    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizer.build()
     tokenizer.decoder = decoders.ByteLevel()
     kinds = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens(
@@ -72,8 +95,8 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     values: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": _flag(metadata, "add_bos_token"),
-        "add_eos_token": _flag(metadata, "add_eos_token"),
+        "add_bos_token": _adds(metadata, "bos"),
+        "add_eos_token": _adds(metadata, "eos"),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata["llama.context_length"],
@@ -88,7 +111,7 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _pre_tokenizer(metadata: Mapping[str, Any]) -> Any:
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     model, name = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2":
         raise ArtifactError(
@@ -101,9 +124,9 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> Any:
             f"GGUF pre-tokenizer {name!r} has not been tested; tested ones: {tested}. "
             "Stage the model's Hugging Face folder instead"
         )
-    if _flag(metadata, "add_space_prefix"):
+    if metadata.get("tokenizer.ggml.add_space_prefix"):
         raise ArtifactError("GGUF key tokenizer.ggml.add_space_prefix = true is not supported")
-    return PRE_TOKENIZERS[name]()
+    return PRE_TOKENIZERS[name]
 
 
 def _merge(text: str) -> tuple[str, str]:
@@ -117,7 +140,7 @@ def _template(metadata: Mapping[str, Any], tokens: list[str]) -> Any | None:
     """Puts begin and end tokens around a text if the flags ask for it."""
     ends: dict[str, tuple[str, int]] = {}
     for name in ("bos", "eos"):
-        if _flag(metadata, f"add_{name}_token"):
+        if _adds(metadata, name):
             token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
             ends[name] = (_token(tokens, token_id, name), int(token_id or 0))
     if not ends:
@@ -137,5 +160,7 @@ def _token(tokens: list[str], token_id: Any, key: str) -> str:
     return tokens[token_id]
 
 
-def _flag(metadata: Mapping[str, Any], key: str) -> bool:
-    return bool(metadata.get(f"tokenizer.ggml.{key}", False))
+def _adds(metadata: Mapping[str, Any], name: str) -> bool:
+    """Whether a text gets the begin or end token."""
+    default = name == "bos" and _pre_tokenizer(metadata).add_bos
+    return bool(metadata.get(f"tokenizer.ggml.add_{name}_token", default))

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from optimizer.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
 from optimizer.pipeline import optimize
 from optimizer.recipe import Recipe
 from tests.optimizer.gguf_files import make_gguf
@@ -108,6 +109,33 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, checkpoint: Path) -> N
     assert (settings["bos_token"], settings["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert settings["model_max_length"] == 512
     assert _config(staged, "generation_config.json")["eos_token_id"] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["a", "ĠĠ", "1", "2", "3", "4", "ĊĠ", "7", "Ġdon", "'t", "Ġx", "'", "LL", "Ġ"]),
+        ("gpt-2", ["a", "Ġ", "Ġ1234", "Ċ", "Ġ7", "Ġdon", "'t", "Ġx", "'", "LL", "Ġ"]),
+        ("llama-bpe", ["a", "Ġ", "Ġ", "123", "4", "Ċ", "Ġ", "7", "Ġdon", "'t", "Ġx", "'LL", "Ġ"]),
+    ],
+)
+def test_each_pre_tokenizer_splits_as_llama_cpp_does(pre: str, pieces: list[str]) -> None:
+    """For each, ids of 843 texts were equal to llama.cpp's before its name was let in."""
+    build = PRE_TOKENIZERS[pre].build
+    assert [p for p, _ in build().pre_tokenize_str("a  1234\n 7 don't x'LL ")] == pieces
+    assert len(PRE_TOKENIZERS) == 3, "a name more needs a comparison, and a row here"
+
+
+def test_llama_bpe_keeps_whole_tokens_and_begins_texts(tmp_path: Path, checkpoint: Path) -> None:
+    merges = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["merges"]
+    longest = max(merges, key=lambda pair: len("".join(pair)))
+    kept = {"tokenizer.ggml.merges": [" ".join(pair) for pair in merges if pair != longest]}
+    source = make_gguf(tmp_path / "m.gguf", checkpoint, pre="llama-bpe", extra=kept)
+    artifact = optimize(source, tmp_path / "s")
+    tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
+    token = "".join(longest)
+    assert tokenizer.encode(token.replace("Ġ", " ")).ids == [1, tokenizer.token_to_id(token)]
+    assert _config(artifact, "tokenizer_config.json")["add_bos_token"] is True
 
 
 def test_begin_and_end_flags_become_a_template(tmp_path: Path, checkpoint: Path) -> None:

