@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from torchweave_ray.bench.origin import describe_machine, memory_bytes, save_results
 from torchweave_ray.bench.points import RequestRecord, quantile, summarize
 from torchweave_ray.bench.process_cpu import ProcessTree
+from torchweave_ray.bench.tables import failures, points_table
 
 
 def test_a_point_from_two_requests_by_hand() -> None:
@@ -96,3 +99,17 @@ def test_results_carry_their_origin(tmp_path: Path) -> None:
     assert {"date", "commit", "machine", "python", "versions"} <= set(document["origin"])
     assert document["config"] == {"input_len": 100}
     assert path.name.startswith("serving-")
+
+
+def test_the_table_fits_a_pipe_and_names_failures() -> None:
+    slow = RequestRecord(0.0, 98.7654, (12.3456, 98.7), prompt_tokens=100, output_tokens=128)
+    broken = RequestRecord(0.0, 0.1, error="HTTP 429")
+    point = summarize("completions", 128, [slow, broken], wall_s=0.1, server_cpu_s=12.3)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(points_table([point]))
+    header, row = console.export_text().splitlines()[1:3]
+    assert len(row) <= 80
+    assert "…" not in row
+    assert row.split()[:4] == ["completions", "128", "1280.0", "12.3s/12.3s"]
+    assert header.split()[-1] == "CPU/token"
+    assert list(failures([point])) == ["completions c=128: 1 of 2 failed: HTTP 429"]

@@ -10,20 +10,27 @@ from torchweave_ray.bench.points import Percentiles, Point
 
 
 def points_table(points: Sequence[Point]) -> Table:
-    table = Table(title="p50 / p99 in ms", title_justify="left")
+    """Fits 80 columns: a pipe has no more."""
+    table = Table(title="p50/p99 in ms", title_justify="left", box=None, pad_edge=False)
     with_cpu = any(p.server_cpu_ms_per_token is not None for p in points)
-    columns = ["target", "c", "requests", "tok/s", "TTFT", "ITL", "TPOT", "request"]
-    for name in [*columns, *(["CPU ms/token"] if with_cpu else [])]:
+    columns = ["target", "c", "tok/s", "TTFT", "ITL", "TPOT", "request"]
+    for name in [*columns, *(["CPU/token"] if with_cpu else [])]:
         table.add_column(name, justify="left" if name == "target" else "right", no_wrap=True)
     for p in points:
-        requests = f"{p.requests - p.failed}/{p.requests}" if p.failed else str(p.requests)
-        cells = [p.target, str(p.concurrency), requests, f"{p.output_tok_s:.1f}"]
+        cells = [p.target, str(p.concurrency), f"{p.output_tok_s:.1f}"]
         cells += [_cell(x) for x in (p.ttft_ms, p.itl_ms, p.tpot_ms, p.request_ms)]
         if with_cpu:
             cpu = p.server_cpu_ms_per_token
             cells.append("-" if cpu is None else f"{cpu:.2f}")
         table.add_row(*cells)
     return table
+
+
+def failures(points: Sequence[Point]) -> Iterator[str]:
+    for p in points:
+        if p.failed:
+            reasons = "; ".join(p.errors)
+            yield f"{p.target} c={p.concurrency}: {p.failed} of {p.requests} failed: {reasons}"
 
 
 def unbatched_gain(points: Sequence[Point]) -> Iterator[str]:
@@ -37,4 +44,12 @@ def unbatched_gain(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _cell(percentiles: Percentiles | None) -> str:
-    return "-" if percentiles is None else f"{percentiles.p50:.1f} / {percentiles.p99:.1f}"
+    if percentiles is None:
+        return "-"
+    return f"{_short(percentiles.p50)}/{_short(percentiles.p99)}"
+
+
+def _short(milliseconds: float) -> str:
+    if milliseconds >= 1e4:
+        return f"{milliseconds / 1e3:.1f}s"
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"

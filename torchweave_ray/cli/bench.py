@@ -197,9 +197,9 @@ def _report(points: list[Point]) -> None:
     """The table, on stderr so that stdout stays JSON lines."""
     from rich.console import Console
 
-    from torchweave_ray.bench.tables import points_table, unbatched_gain
+    from torchweave_ray.bench.tables import failures, points_table, unbatched_gain
 
     console = Console(stderr=True)
     console.print(points_table(points))
-    for line in unbatched_gain(points):
-        console.print(line)
+    for line in (*unbatched_gain(points), *failures(points)):
+        console.print(line, markup=False)

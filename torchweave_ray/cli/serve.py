@@ -19,6 +19,8 @@ from typing import Annotated
 
 import typer
 
+from torchweave_ray.errors import ConfigError
+
 LONGEST_STREAM_S = 600
 DEREGISTER_S = 1
 """How long a stopping ingress stays reachable, for HAProxy to learn that it goes."""
@@ -88,7 +90,8 @@ class StopSignal:
 def haproxy_profile(folder: Path) -> dict[str, str]:
     """Environment of Ray's processes: HAProxy and one loop for everything. Ports and files are
     this run's own, so that two can run on one host."""
-    http, grpc = _free_range(), _free_range()
+    http = _free_range()
+    grpc = http + PORTS_OF_A_RUN // 2
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -97,32 +100,25 @@ def haproxy_profile(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(grpc - 1),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(grpc - 2),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http + PORTS_OF_A_RUN),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(grpc - 3),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc + PORTS_OF_A_RUN),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(http + PORTS_OF_A_RUN - 1),
         # A reload must not cut the streams of the HAProxy process that it replaces.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_S),
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _free_range() -> int:
-    """The first port of a range below the ephemeral ones whose first ports are free."""
+    """The first of PORTS_OF_A_RUN free ports, above Ray's own and below the ephemeral ones."""
     for _ in range(50):
         start = random.randrange(20_000, 32_000, PORTS_OF_A_RUN)
-        if all(_is_free(port) for port in range(start, start + 4)):
+        if all(_is_free(port) for port in range(start, start + PORTS_OF_A_RUN)):
             return start
-    return 30_000
+    raise ConfigError("no free range of ports between 20000 and 32000")
 
 
 def _is_free(port: int) -> bool:
