@@ -29,6 +29,8 @@ BUILDER = "deployments.app:build"
 DEFAULT_CONFIG = Path("serve_config.yaml")
 OBJECT_STORE_BYTES = 512 << 20
 """Tokens and weights do not travel through Ray's object store."""
+PERMANENT = ("ArtifactError: ", "ConfigError: ")
+"""Another try of the constructor ends the same way."""
 POLL_S = 0.1
 HTTP_READY_S = 60.0
 
@@ -142,17 +144,18 @@ class Launch:
 
     def _deploy(self, stop: threading.Event) -> None:
         _get_global_client().deploy_apps(self._config, _blocking=False)
-        said: set[str] = set()
+        said: dict[str, None] = {}
         while not stop.is_set():
             applications = list(serve.status().applications.values())
             for application in applications:
                 for name, deployment in application.deployments.items():
-                    line = the_error_in(deployment.message) if deployment.message else ""
+                    line = the_error_in(deployment.message)
                     if "Error" in line and line not in said:
-                        said.add(line)
+                        said[line] = None
                         self._say(f"[Serve] {name}: {line}")
-                if application.status == ApplicationStatus.DEPLOY_FAILED:
-                    raise TorchWeaveError(the_error_in(application.message))
+                failed = application.status == ApplicationStatus.DEPLOY_FAILED
+                if failed or any(error in line for line in said for error in PERMANENT):
+                    raise TorchWeaveError("; ".join(said) or the_error_in(application.message))
             states = [application.status for application in applications]
             if states and all(state == ApplicationStatus.RUNNING for state in states):
                 return self._wait_for_http(stop)

@@ -39,4 +39,4 @@ def the_error_in(message: str) -> str:
     """Of a constructor's traceback its last line: the error itself."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line]
-    return (errors or lines)[-1][:MAX_CHARS]
+    return (errors or lines or [""])[-1][:MAX_CHARS]

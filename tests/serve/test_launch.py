@@ -1,0 +1,108 @@
+"""`torchweave serve` as a process: the HAProxy profile, the ready line, the drain on SIGTERM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.serve import cluster
+from tests.serve.cluster import CONFIG, Client, wait_until
+from tests.tiny import make_tiny_artifact
+from torchweave_ray.cli.serve import haproxy_profile
+from torchweave_ray.models.artifact import WEIGHTS
+
+PROMPT = "the quick brown fox"
+
+
+class Server:
+    def __init__(self, folder: Path, artifact: Path, *options: str) -> None:
+        values = yaml.safe_load(CONFIG.read_text())
+        model = {"id": "tiny", "artifact": str(artifact), "threads": 1}
+        values["applications"][0]["args"]["models"] = [
+            model | {"engine": {"cache": {"kv_memory": 4 << 20}}}
+        ]
+        config = folder / "serve.yaml"
+        config.write_text(yaml.safe_dump(values))
+        self.client = Client(cluster.free_port())
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "torchweave_ray.cli", "serve", str(config)]
+        command += ["--host", "127.0.0.1", "--port", str(self.client.port), "--no-dashboard"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
+
+    def says(self, text: str) -> bool:
+        return text in self.log.read_text() or self.process.poll() is not None
+
+    def stop(self) -> None:
+        """Twice, which ends it at once and takes Ray with it."""
+        while self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(1)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_artifact(tmp_path_factory.mktemp("artifact") / "tiny")
+
+
+@pytest.mark.ray
+def test_haproxy_profile_and_drain(tmp_path: Path, artifact: Path) -> None:
+    server = Server(tmp_path, artifact)
+    try:
+        wait_until(lambda: server.says("[Serve] try:"), 90)
+        log = server.log.read_text()
+        assert f"[Serve] ready: http://127.0.0.1:{server.client.port} (start-up " in log, log
+        assert "ModelReplica:tiny: seconds: stage " in log
+        (ingress,) = cluster.replica_pids("Ingress")
+        assert b"RAY_SERVE_ENABLE_HA_PROXY=1" in Path(f"/proc/{ingress}/environ").read_bytes()
+        expected = server.client.text(PROMPT, max_tokens=400, ignore_eos=True)
+        stream = server.client.stream(PROMPT, max_tokens=400, ignore_eos=True)
+        pieces = stream.pieces()
+        text = next(pieces)
+        server.process.terminate()
+        wait_until(lambda: server.says("[Serve] draining"), 10)
+        assert text + "".join(pieces) == expected
+        assert stream.finish_reason == "length"
+        assert server.process.wait(60) == 0
+        assert "[Serve] stopped" in server.log.read_text()
+        assert not cluster.replica_pids("Ingress")
+    finally:
+        server.stop()
+
+
+@pytest.mark.ray
+def test_a_model_that_cannot_be_served_ends_it_with_the_reason(
+    tmp_path: Path, artifact: Path
+) -> None:
+    (artifact / WEIGHTS).write_bytes(b"\0" * (artifact / WEIGHTS).stat().st_size)
+    server = Server(tmp_path, artifact, "--no-haproxy")
+    try:
+        assert server.process.wait(90) == 1
+        assert f"{WEIGHTS} was altered" in server.log.read_text().splitlines()[-1]
+    finally:
+        server.stop()
+
+
+def test_bad_arguments_are_told_before_ray_starts(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(CONFIG.read_text().replace("recipe:", "recipee:"))
+    command = [sys.executable, "-m", "torchweave_ray.cli", "serve", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key 'recipee'")
+
+
+def test_two_runs_on_one_host_share_nothing(tmp_path: Path) -> None:
+    first, second = haproxy_profile(tmp_path / "a"), haproxy_profile(tmp_path / "b")
+    for name, value in first.items():
+        if "PORT" in name and "DIRECT" not in name:
+            assert value != second[name]
+        if "LOC" in name or "PATH" in name or "STATE" in name:
+            assert value.startswith(str(tmp_path / "a"))
