@@ -11,7 +11,7 @@ from torchweave_ray.bench.points import Percentiles, Point
 
 def points_table(points: Sequence[Point]) -> Table:
     """Fits 80 columns: a pipe has no more."""
-    table = Table(title="p50/p99 in ms", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="p50/p99 in ms", title_justify="left", box=None, padding=(0, 1, 0, 0))
     with_cpu = any(p.server_cpu_ms_per_token is not None for p in points)
     columns = ["target", "c", "tok/s", "TTFT", "ITL", "TPOT", "request"]
     for name in [*columns, *(["CPU/token"] if with_cpu else [])]:
