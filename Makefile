@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 # make serve RECIPE=recipe.yaml serves another model; ARGS goes to `torchweave serve` as it is.
+# Variables in .env (see .env.example) are set for it.
 RECIPE ?=
 ARGS ?=
 URL ?= http://127.0.0.1:8000
@@ -45,7 +46,7 @@ test-slow: setup ## the slow ones
 	$(BIN)/python -m pytest -m slow
 
 serve: setup ## stage SmolLM2-135M-Instruct (or RECIPE=...) and serve it on port 8000
-	$(BIN)/torchweave serve $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
+	set -a; [ ! -f .env ] || . ./.env; set +a; exec $(BIN)/torchweave serve $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
 
 bench: setup ## measure a running server: URL=... ARGS="--concurrency 1,4,16 --save"
 	$(BIN)/torchweave bench serving --url $(URL) $(ARGS)

@@ -199,6 +199,8 @@ def test_environment_variables_are_those_of_the_table() -> None:
     names = [variable.name for variable in VARIABLES]
     page = (ROOT / "docs/operations.md").read_text()
     assert re.findall(r"^\| `([A-Z_]+)` ", page, re.MULTILINE) == names
+    example = (ROOT / ".env.example").read_text()
+    assert set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE)) == set(names)
 
 
 def test_dependencies_are_declared_and_explained() -> None:

@@ -125,3 +125,10 @@ def test_our_errors_are_one_line(
     assert exit_.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no server at")
+
+
+@pytest.mark.parametrize("option", ["--url", "--sse"])
+def test_an_address_that_is_none_is_one_line(option: str) -> None:
+    result = _run("bench", "serving", option, "localhost:8000")
+    assert result.exit_code == 1
+    assert "not an http:// or https:// address" in str(result.exception)

@@ -13,8 +13,10 @@ import time
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
+from torchweave_ray.errors import TorchWeaveError
 
-class HTTPFailure(Exception):
+
+class HTTPFailure(TorchWeaveError):
     """No usable answer: refused, cut off, or not HTTP/1.1."""
 
 

@@ -28,7 +28,9 @@ Sse = Annotated[
 Unbatched = Annotated[
     str | None, typer.Option(help="Measure this /v1/generate_nobatch address too.")
 ]
-TokenizerFile = Annotated[Path | None, typer.Option(help="tokenizer.json: send exact token ids.")]
+TokenizerFile = Annotated[
+    Path | None, typer.Option(exists=True, help="tokenizer.json: send exact token ids.")
+]
 CpuOf = Annotated[
     list[int] | None,
     typer.Option(help="Process id of the server: report its tree's CPU ms a token."),
