@@ -57,9 +57,10 @@ def deployment_name(model: str) -> str:
 
 
 def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Application:
-    model = model.model_copy(
-        update={"recipe": _absolute(model.recipe), "artifact": _absolute(model.artifact)}
-    )
+    recipe = model.recipe
+    if recipe is not None and Path(recipe).exists():
+        recipe = _absolute(recipe)
+    model = model.model_copy(update={"recipe": recipe, "artifact": _absolute(model.artifact)})
     deployment = serve.deployment(ModelReplica).options(
         name=deployment_name(model.name),
         num_replicas=model.num_replicas,
@@ -90,8 +91,8 @@ def _actor_options(num_cpus: float, num_gpus: float) -> dict[str, Any]:
 
 
 def _absolute(path: str | None) -> str | None:
-    """Of something that exists here, its place: a replica may run in another folder."""
-    return str(Path(path).expanduser().absolute()) if path and Path(path).exists() else path
+    """A replica may run in another folder than this builder."""
+    return path and str(Path(path).expanduser().absolute())
 
 
 def __getattr__(name: str) -> Application:

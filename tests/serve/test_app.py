@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,17 +181,24 @@ def test_python_handles(served: Served) -> None:
         list(handle.generate.remote(PROMPT, temperatur=0))
 
 
-def test_streams_survive_the_death_of_their_replica(served: Served) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_streams_survive_the_loss_of_their_replica(served: Served, how: signal.Signals) -> None:
     expected = served.bus.text(PROMPT, **LONG)
+    wait_until(lambda: len(cluster.replica_pids(TINY)) == 2)
+    wait_until(lambda: cluster.is_running("torchweave"))
     victim, survivor = cluster.replica_pids(TINY)
     streams = [served.bus.stream(PROMPT, **LONG) for _ in range(6)]
     readers = [stream.pieces() for stream in streams]
     texts = [next(reader) for reader in readers]
-    os.kill(victim, signal.SIGKILL)
-    with ThreadPoolExecutor(len(readers)) as pool:
-        rest = list(pool.map(lambda reader: "".join(reader), readers))
-    assert [a + b for a, b in zip(texts, rest, strict=True)] == [expected] * 6
-    assert all(stream.usage and stream.usage["completion_tokens"] == 300 for stream in streams)
+    os.kill(victim, how)
+    try:
+        with ThreadPoolExecutor(len(readers)) as pool:
+            rest = list(pool.map(lambda reader: "".join(reader), readers))
+        assert [a + b for a, b in zip(texts, rest, strict=True)] == [expected] * 6
+        assert all(stream.usage and stream.usage["completion_tokens"] == 300 for stream in streams)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
     assert served.bus.text(PROMPT, **LONG) == expected
     wait_until(lambda: len(set(cluster.replica_pids(TINY)) - {victim, survivor}) == 1)
 
