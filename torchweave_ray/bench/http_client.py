@@ -1,8 +1,8 @@
 """The load generator's HTTP/1.1 client: one keep-alive connection, every chunk stamped on arrival.
 
 It shares the machine with the server that it measures, so it only stores bytes while the clock
-runs: about 28 us of CPU a chunk under uvloop, where httpx takes 125-220 (docs/performance.md).
-Knows nothing of what the bytes mean.
+runs; httpx would cost five times as much CPU a chunk (docs/performance.md). Knows nothing of what
+the bytes mean.
 """
 
 from __future__ import annotations
