@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from torchweave_ray.attention.base import AttentionBackend, LayerKV, StepInputs
 from torchweave_ray.errors import ArtifactError
-from torchweave_ray.models.linear import linear
 from torchweave_ray.models.spec import (
     Attention,
     DecoderSpec,
@@ -113,7 +112,7 @@ class _Step:
 
     def _linear(self, op: Linear) -> None:
         bias = None if op.bias is None else self._tensors[op.bias]
-        product = linear(self.buffers[op.x], self._tensors[op.weight], bias)
+        product = functional.linear(self.buffers[op.x], self._tensors[op.weight], bias)
         if op.accumulate:
             self.buffers[op.out].add_(product)
         else:
