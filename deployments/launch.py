@@ -1,10 +1,11 @@
 """Runs the application on a Ray of its own: start, wait until it answers, drain, stop.
 
-Behind `torchweave serve`. Knows no signals and no environment variables.
+Behind `torchweave serve`. Knows no signals, and sets no environment variables.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import urllib.error
@@ -22,6 +23,8 @@ from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDep
 
 from deployments.app import LONGEST_STREAM_S, MODEL_REPLICA
 from deployments.args import AppArgs
+from deployments.environment import apply_environment
+from deployments.log import log_through_serve
 from deployments.status import the_error_in
 from torchweave_ray.errors import ConfigError, TorchWeaveError
 
@@ -79,12 +82,13 @@ def _built_in() -> dict[str, Any]:
 
 
 def _check(application: ServeApplicationSchema) -> None:
-    """What is wrong with our arguments is told at once, not after Ray has started."""
+    """Says what our arguments come to, and what is wrong with them before Ray has started."""
     if application.import_path == BUILDER:
         try:
-            AppArgs.model_validate(application.args)
+            args = AppArgs.model_validate(application.args)
         except ValidationError as error:
             raise ConfigError(f"args: {error}") from error
+        apply_environment(args, os.environ)  # as the builder will, in an environment like this
 
 
 class Launch:
@@ -105,6 +109,7 @@ class Launch:
 
         Raises TorchWeaveError with the reason when the application cannot start.
         """
+        log_through_serve()
         for application in self._config.applications:
             _check(application)
         try:

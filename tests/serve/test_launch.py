@@ -60,6 +60,7 @@ def test_haproxy_profile_and_drain(tmp_path: Path, artifact: Path) -> None:
         log = server.log.read_text()
         assert f"[Serve] ready: http://127.0.0.1:{server.client.port} (start-up " in log, log
         assert "ModelReplica:tiny: seconds: stage " in log
+        assert "[Config] MAX_BATCH: the default" in log
         (ingress,) = cluster.replica_pids("Ingress")
         assert b"RAY_SERVE_ENABLE_HA_PROXY=1" in Path(f"/proc/{ingress}/environ").read_bytes()
         expected = server.client.text(PROMPT, max_tokens=400, ignore_eos=True)
