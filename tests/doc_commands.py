@@ -35,12 +35,12 @@ def run_block(
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """`torchweave serve` on a free port, its artifacts and log below `folder`."""
+def serving(log_file: Path, store: Path) -> Iterator[str]:
+    """`torchweave serve` on a free port, over the artifacts of `store`."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    environment = _environment({"ARTIFACT_DIR": str(folder / "artifacts")})
-    with (folder / "serve.log").open("wb") as log:
+    environment = _environment({"ARTIFACT_DIR": str(store)})
+    with log_file.open("wb") as log:
         process = subprocess.Popen(
             [str(BIN / "torchweave"), "serve", "--port", str(port), "--no-dashboard"],
             cwd=ROOT,
@@ -50,7 +50,7 @@ def serving(folder: Path) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        _wait_until_ready(url, process, folder / "serve.log")
+        _wait_until_ready(url, process, log_file)
         yield url
     finally:
         process.send_signal(signal.SIGTERM)

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from tests.doc_commands import run_block, serving
+from tests.smollm2 import staged_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,12 +85,8 @@ def _check_yaml(values: Any, page: Path) -> None:
 
 @pytest.mark.weights
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.tag == "weights"], ids=str)
-def test_blocks_that_need_weights_run(
-    block: Block, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """One store for all of them: the model is staged once."""
-    store = tmp_path_factory.getbasetemp() / "docs-store"
-    ran = run_block(block.language, block.code, {"ARTIFACT_DIR": str(store)})
+def test_blocks_that_need_weights_run(block: Block) -> None:
+    ran = run_block(block.language, block.code, {"ARTIFACT_DIR": str(staged_smollm2().parent)})
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
 
@@ -99,7 +96,7 @@ def test_blocks_that_need_weights_run(
 @pytest.mark.weights
 def test_blocks_that_need_a_server_run(tmp_path: Path) -> None:
     """All of them against one `torchweave serve` on a port of its own."""
-    with serving(tmp_path) as url:
+    with serving(tmp_path / "serve.log", staged_smollm2().parent) as url:
         for block in BLOCKS:
             if block.tag != "server":
                 continue
