@@ -62,14 +62,17 @@ class ReplicaConfig:
 class ModelReplica:
     # Serve awaits it, inside the loop that the engine and the bus then live on.
     async def __init__(self, config: ReplicaConfig) -> None:  # type: ignore[misc]
+        log_through_serve()
+        cores = len(os.sched_getaffinity(0))
+        engine_config = config.engine_config(cores)
+        # Ray says 1 here for a replica of one CPU, and OpenMP takes it for every new thread, the
+        # engine's too. It is read when torch is loaded, which must not have happened yet.
+        os.environ["OMP_NUM_THREADS"] = str(engine_config.runner.threads)
         from torchweave_ray.build import build_engine
         from torchweave_ray.engine.async_engine import AsyncEngine
 
-        log_through_serve()
         self._startup_s: dict[str, float] = {}
         self._scheduler = config.model.engine.get("scheduler", {})
-        cores = len(os.sched_getaffinity(0))
-        engine_config = config.engine_config(cores)
         # In threads: this loop answers Serve's own probes meanwhile.
         loaded = await asyncio.to_thread(self._load, config, engine_config)
         tokenizer = load_tokenizer(loaded.tokenizer_dir)
