@@ -98,8 +98,9 @@ class RayBackend:
         try:
             return await asyncio.wait_for(asyncio.shield(task), timeout_s)
         except TimeoutError:
+            why = await why_down(client.handle.deployment_name)
             reason = f"no replica of {model} has answered within {timeout_s:g} s"
-            raise Unavailable(reason, None, None, 5.0) from None
+            raise Unavailable(f"{reason}: {why}" if why else reason, None, None, 5.0) from None
         except (RayActorError, DeploymentUnavailableError) as error:
             reason = f"no replica of {model} can answer: {error}"
             raise Unavailable(reason, None, None, 5.0) from None

@@ -52,9 +52,10 @@ def serve(
     """
     stop = StopSignal()
     folder = Path(tempfile.mkdtemp(prefix="torchweave-"))
-    if haproxy:
-        for name, value in haproxy_profile(folder).items():
-            os.environ.setdefault(name, value)
+    # Ray runs its workers at niceness 15; ours answer people.
+    profile = {"RAY_worker_niceness": "0"} | (haproxy_profile(folder) if haproxy else {})
+    for name, value in profile.items():
+        os.environ.setdefault(name, value)
     if recipe or artifact:  # the command line goes over the environment
         for name in ("HF_MODEL", "ARTIFACT_MODEL_DIR"):
             os.environ.pop(name, None)
