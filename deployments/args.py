@@ -41,7 +41,7 @@ class StrictModel(BaseModel):
 class ModelArgs(StrictModel):
     """One model and the replicas that serve it."""
 
-    id: str = Field(default="", max_length=200)
+    id: str = Field(default="", max_length=200, pattern=r"^[\w./:@-]*$")
     """What requests call it; empty: the last part of recipe or artifact."""
     recipe: str | None = None
     """A recipe's name or path, a folder, a GGUF file, a Hugging Face id, or pypi:..."""

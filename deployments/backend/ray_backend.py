@@ -161,13 +161,15 @@ class RayBackend:
             if not progress.can_resume:
                 break
             rest = list(progress.unfinished(attempt))
+            is_whole = any(index is None for index, _ in rest)
             try:
                 async with aclosing(choices_over_handle(client, rest)) as outputs:
                     async for output in outputs:
                         progress.note(output)
-                        part = replace(output, request_id=request.request_id, timings=None)
-                        yield replace(part, usage=None)
-                yield RequestOutput(request.request_id, usage=progress.usage())
+                        output = replace(output, request_id=request.request_id)
+                        yield output if is_whole else replace(output, usage=None, timings=None)
+                if not is_whole:  # the parts' counts are not the request's
+                    yield RequestOutput(request.request_id, usage=progress.usage())
                 return
             except Lost as error:
                 reason = str(error)

@@ -54,6 +54,7 @@ def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
     [
         ({"models": []}, "models"),
         ({"models": [{"num_replicas": 0}]}, "models.0.num_replicas"),
+        ({"models": [{"id": "a#b"}]}, "models.0.id"),
         ({"models": [{"device": "tpu"}]}, "models.0.device"),
         ({"ingress": {"num_replicas": "many"}}, "ingress.num_replicas"),
     ],
