@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +21,12 @@ from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
-from torchweave_ray.errors import ArtifactError
+from torchweave_ray.errors import ArtifactError, ConfigError
+from torchweave_ray.kernels.library import KernelsUnavailable, load_library
 from torchweave_ray.models.artifact import Manifest, verify_artifact
 from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.lowering import CannotLower
+from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
 from torchweave_ray.models.torch_executor import TorchExecutor
@@ -37,8 +41,12 @@ from torchweave_ray.runner.device import (
 )
 from torchweave_ray.runner.kv_cache import KVCache, KVShape, size_kv_cache
 from torchweave_ray.runner.model_runner import ModelRunner
+from torchweave_ray.runner.native_sampler import NativeSampler
+from torchweave_ray.runner.sampler import sample
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Detokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +78,10 @@ def load_model(
         spec = build_spec(model)
     device = resolve_device(config.runner.device)
     dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
-    set_num_threads(config.runner.threads)
+    threads = set_num_threads(config.runner.threads)
     with stages.timed("weights"):
         tensors = load_weights(artifact_dir, model, dtype, device)
-        executor = TorchExecutor(spec, tensors, TorchPagedAttention())
+        executor = _choose_executor(config.runner.executor, spec, tensors, device, threads)
     with stages.timed("kv_cache"):
         runner = _build_runner(executor, spec, model, config, dtype, device)
     with stages.timed("first_step"):
@@ -87,12 +95,33 @@ def load_model(
         eos_token_ids=model.eos_token_ids,
         device=str(device),
         dtype=_dtype_name(dtype),
-        executor=executor.name,
+        executor=_executor_name(executor),
         max_model_len=runner.limits.max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         block_size=runner.limits.block_size,
     )
     return LoadedModel(runner, info, manifest, artifact_dir, stages.seconds)
+
+
+def _choose_executor(
+    choice: str,
+    spec: DecoderSpec,
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    threads: int,
+) -> NativeExecutor | TorchExecutor:
+    """Raises ConfigError when native is asked for and cannot be had."""
+    if choice != "torch":
+        try:
+            executor = NativeExecutor(spec, tensors, load_library(), threads)
+            # What is left for torch is small, and its threads would spin on our cores.
+            set_num_threads(1)
+            return executor
+        except (KernelsUnavailable, CannotLower) as error:
+            if choice == "native":
+                raise ConfigError(f"runner.executor is 'native', but {error}") from error
+            logger.warning("the torch executor runs this model: %s", error)
+    return TorchExecutor(spec, tensors, TorchPagedAttention())
 
 
 def build_engine(loaded: LoadedModel, config: EngineConfig, detokenizer: Detokenizer) -> Engine:
@@ -102,7 +131,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, detokenizer: Detoken
 
 
 def _build_runner(
-    executor: Executor,
+    executor: NativeExecutor | TorchExecutor,
     spec: DecoderSpec,
     model: ModelConfig,
     config: EngineConfig,
@@ -122,7 +151,9 @@ def _build_runner(
     limits = RuntimeLimits(
         size.num_blocks, block_size, size.max_model_len, spec.vocab_size, model.eos_token_ids
     )
-    return ModelRunner(executor, KVCache(shape, size.num_blocks, device), limits, device)
+    sampler = NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample
+    kv_cache = KVCache(shape, size.num_blocks, device)
+    return ModelRunner(executor, kv_cache, limits, device, sampler)
 
 
 def _run_first_step(runner: ModelRunner) -> None:
@@ -154,8 +185,13 @@ def _check_eos(model: ModelConfig) -> None:
 def _numerics_id(
     manifest: Manifest, executor: Executor, dtype: torch.dtype, device: torch.device
 ) -> str:
-    parts = [manifest.artifact_id, executor.name, numerics_path(device), _dtype_name(dtype)]
+    path = executor.isa if isinstance(executor, NativeExecutor) else numerics_path(device)
+    parts = [manifest.artifact_id, executor.name, path, _dtype_name(dtype)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _executor_name(executor: Executor) -> str:
+    return f"native {executor.isa}" if isinstance(executor, NativeExecutor) else executor.name
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

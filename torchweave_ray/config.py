@@ -89,6 +89,8 @@ class RunnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the artifact's."""
+    executor: Literal["auto", "torch", "native"] = "auto"
+    """native: our own CPU kernels, bfloat16 on x86; auto: native where it can run, else torch."""
     threads: int | None = None
     """CPU threads of the model; None: all cores of this process."""
 

@@ -92,11 +92,14 @@ def _device() -> Check:
 
 
 def _kernels() -> Check:
-    folder = Path(__file__).resolve().parent.parent / "kernels"
-    built = sorted(path.name for path in folder.rglob("*.so"))
-    if built:
-        return Check("kernels", "ok", f"native: {', '.join(built)}")
-    return Check("kernels", "warn", "no native kernels in this build: the torch executor serves")
+    from torchweave_ray.kernels.library import ISA_VARIABLE, KernelsUnavailable, load_library
+
+    try:
+        isa = load_library().isa
+    except (KernelsUnavailable, TorchWeaveError) as error:
+        return Check("kernels", "warn", f"{error}: the torch executor serves")
+    chosen = f" ({ISA_VARIABLE} is set)" if os.environ.get(ISA_VARIABLE) else ""
+    return Check("kernels", "ok", f"native, {isa}{chosen}: bfloat16 models on the CPU use them")
 
 
 def _artifacts() -> Iterator[Check]:

@@ -27,7 +27,7 @@ from torchweave_ray.runner.inputs import Chunk, build_inputs
 from torchweave_ray.runner.kv_cache import KVCache
 from torchweave_ray.runner.logits import LogitsEdit, TokenCounts, edit_logits, is_constrained
 from torchweave_ray.runner.logprobs import token_logprobs
-from torchweave_ray.runner.sampler import NO_TOKEN, Draw, sample
+from torchweave_ray.runner.sampler import NO_TOKEN, Draw, Sampler, sample
 
 NON_FINITE = "the model gave logits that are not finite"
 NOTHING_ALLOWED = "no token is allowed here: bans, biases and grammar leave none"
@@ -81,13 +81,19 @@ class ModelRunner:
     """Implements engine.plan.Runner."""
 
     def __init__(
-        self, executor: Executor, kv_cache: KVCache, limits: RuntimeLimits, device: torch.device
+        self,
+        executor: Executor,
+        kv_cache: KVCache,
+        limits: RuntimeLimits,
+        device: torch.device,
+        sampler: Sampler = sample,
     ) -> None:
         assert limits.step_depth == 0
         self._executor = executor
         self._kv_cache = kv_cache
         self._limits = limits
         self._device = device
+        self._sample = sampler
         self._counts: dict[int, TokenCounts] = {}
 
     @property
@@ -178,7 +184,7 @@ class ModelRunner:
         raw = logits[scored] if scored else None  # a copy: edits come next
         edits = (self._edit(plan, row, i) for i, row in enumerate(rows))
         edit_logits(logits, [edit for edit in edits if edit is not None])
-        drawn = sample(logits, [_draw_of(row) for row in rows])
+        drawn = self._sample(logits, [_draw_of(row) for row in rows])
         for i, (row, token_id) in enumerate(zip(rows, drawn, strict=True)):
             tokens = collected.token_ids[row.index]
             if list(row.draft_token_ids) != tokens:

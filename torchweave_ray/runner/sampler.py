@@ -22,7 +22,7 @@ result depends on that row alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,10 @@ class Draw:
     sampling: SamplingParams
     seed: int
     output_index: int
+
+
+Sampler = Callable[[Tensor, Sequence[Draw]], list[int]]
+"""`sample` below, or a twin of it."""
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:

@@ -1,0 +1,144 @@
+"""Paged attention and the KV write against their twins; splits, chunks and threads change no bit.
+
+Every slot that a sequence does not own holds NaN.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+from torchweave_ray.kernels import twin
+from torchweave_ray.kernels.ops import NativeOps
+from torchweave_ray.kernels.program import RopeTable
+
+BF16 = torch.bfloat16
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Sequences as (query length, sequence length), their cache filled up to the end."""
+
+    inputs: StepInputs
+    kv: LayerKV
+    queries: Tensor
+
+
+def _shape(
+    heads: int = 4, kv_heads: int = 2, dim: int = 32, window: int | None = None, cap: float = 0.0
+) -> AttentionShape:
+    return AttentionShape(heads, kv_heads, dim, dim**-0.5, window, cap or None)
+
+
+def _case(lens: Sequence[tuple[int, int]], shape: AttentionShape, block_size: int) -> Case:
+    sizes = [-(-seq_len // block_size) for _, seq_len in lens]
+    blocks = list(range(sum(sizes) + 2))
+    random.Random(0).shuffle(blocks)
+    dims = (len(blocks), shape.num_kv_heads, block_size, shape.head_dim)
+    kv = LayerKV(torch.full(dims, torch.nan, dtype=BF16), torch.full(dims, torch.nan, dtype=BF16))
+    tables = torch.zeros(len(lens), max(sizes, default=0), dtype=torch.int32)
+    positions, slots, starts = [], [], [0]
+    for s, (query_len, seq_len) in enumerate(lens):
+        mine = [blocks.pop() for _ in range(sizes[s])]
+        tables[s, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+        for i, cache in enumerate((kv.keys, kv.values)):
+            values = _randn(seq_len, shape.num_kv_heads, shape.head_dim, seed=7 * s + i)
+            for position in range(seq_len):
+                block = mine[position // block_size]
+                cache[block, :, position % block_size] = values[position].to(BF16)
+        at = range(seq_len - query_len, seq_len)
+        positions += at
+        slots += [mine[p // block_size] * block_size + p % block_size for p in at]
+        starts.append(starts[-1] + query_len)
+    nothing = torch.zeros(starts[-1], dtype=torch.int64)
+    inputs = StepInputs(
+        input_ids=nothing,
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor([seq_len for _, seq_len in lens], dtype=torch.int32),
+        block_tables=tables,
+        logit_rows=nothing[:0],
+        max_query_len=max((n for n, _ in lens), default=0),
+        max_seq_len=max((n for _, n in lens), default=0),
+    )
+    columns = shape.num_heads * shape.head_dim
+    return Case(inputs, kv, _randn(starts[-1], columns, seed=99).to(BF16))
+
+
+MIXED = [(1, 1), (1, 17), (5, 5), (1, 300), (40, 40), (33, 290), (3, 700), (100, 612)]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16, 24])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        _shape(),
+        _shape(3, 3, 16),
+        _shape(9, 3, 64),
+        _shape(8, 1, 80),
+        _shape(6, 2, 128, window=20),
+        _shape(2, 1, 256, cap=2.0),
+        _shape(70, 1, 16, window=300, cap=5.0),
+    ],
+    ids=str,
+)
+def test_attention_equals_the_twin(ops: NativeOps, shape: AttentionShape, block_size: int) -> None:
+    case = _case(MIXED, shape, block_size)
+    expected = twin.attend(case.queries, case.kv, case.inputs, shape)
+    actual = ops.attend(case.queries, case.kv, case.inputs, shape)
+    torch.testing.assert_close(actual, expected, rtol=1.6e-2, atol=2e-3)
+
+
+def test_an_empty_batch_gives_nothing(ops: NativeOps) -> None:
+    case = _case([], _shape(), 16)
+    assert ops.attend(case.queries, case.kv, case.inputs, _shape()).shape == (0, 128)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("num_rows", [1, 2, 21, 22, 64, 200])
+def test_a_querys_bits_depend_on_its_context_only(
+    ops: NativeOps, one_thread: NativeOps, num_rows: int, window: int | None
+) -> None:
+    """The last rows of a prompt, computed as decodes, as a chunk and with the whole prompt."""
+    shape = _shape(6, 2, 64, window)
+    length = 620
+    whole = _case([(length, length)], shape, 16)
+    expected = ops.attend(whole.queries, whole.kv, whole.inputs, shape)[-num_rows:]
+    chunk = _case([(num_rows, length)], shape, 16)
+    for kernels in (ops, one_thread):
+        actual = kernels.attend(whole.queries[-num_rows:], chunk.kv, chunk.inputs, shape)
+        assert torch.equal(actual, expected)
+    crowd = _case([(num_rows, length), (1, 40), (300, 300), (1, 513)], shape, 16)
+    queries = torch.cat([whole.queries[-num_rows:], crowd.queries[num_rows:]])
+    assert torch.equal(ops.attend(queries, crowd.kv, crowd.inputs, shape)[:num_rows], expected)
+
+
+@pytest.mark.parametrize("block_size", [3, 16])
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("dim", [16, 48, 64, 256])
+def test_queries_keys_and_values_equal_the_twin(
+    ops: NativeOps, dim: int, with_norms: bool, block_size: int
+) -> None:
+    shape = _shape(6, 2, dim)
+    rope = RopeTable(tuple((10000.0 ** -(2 * i / dim)) for i in range(dim // 2)), 1.1)
+    norms = (_randn(dim, seed=3), _randn(dim, seed=4)) if with_norms else (None, None)
+    for used in (rope, None):
+        native, torchs = (_case([(1, 30), (20, 37)], shape, block_size) for _ in range(2))
+        qkv = _randn(21, 10 * dim)
+        expected = twin.rope_kv(qkv, torchs.kv, torchs.inputs, shape, used, *norms)
+        actual = ops.rope_kv(qkv, native.kv, native.inputs, shape, used, *norms)
+        close = {"rtol": 1.6e-2, "atol": 2e-3, "equal_nan": True}
+        torch.testing.assert_close(actual, expected, **close)
+        torch.testing.assert_close(native.kv.keys, torchs.kv.keys, **close)
+        torch.testing.assert_close(native.kv.values, torchs.kv.values, **close)

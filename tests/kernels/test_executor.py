@@ -1,0 +1,171 @@
+"""The native executor against the torch executor in fp32, and its own bits against each other."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity.paged import PagedDecoder, Text
+from tests.tiny import make_tiny_artifact
+from torchweave_ray.errors import ConfigError
+from torchweave_ray.kernels.library import ISA_VARIABLE, Library
+from torchweave_ray.llm import LLM
+from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.lowering import CannotLower, lower
+from torchweave_ray.models.native_executor import NativeExecutor
+from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.weights import load_weights
+from torchweave_ray.sampling_params import SamplingParams
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True, "vocab_size": 307},
+    "odd": {"hidden_size": 48, "intermediate_size": 75, "num_attention_heads": 3,
+            "num_key_value_heads": 3},
+    "biased": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(MODELS))
+def artifact(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS[request.param])
+
+
+class NativeDecoder(PagedDecoder):
+    def __init__(self, artifact: Path, library: Library, threads: int = 2, seed: int = 0) -> None:
+        super().__init__(artifact, num_blocks=128, dtype=torch.bfloat16, seed=seed)
+        config = ModelConfig.from_hf(read_hf_config(artifact))
+        weights = load_weights(artifact, config, torch.bfloat16, torch.device("cpu"))
+        self.executor = NativeExecutor(self.spec, weights, library, threads)
+
+    def step(self, chunks: Sequence[tuple[Text, int]]) -> list[Tensor]:
+        return [logits.clone() for logits in super().step(chunks)]
+
+
+def _texts(*lengths: int, vocab: int = 300) -> list[list[int]]:
+    draw = random.Random(sum(lengths))
+    return [[draw.randrange(3, vocab) for _ in range(n)] for n in lengths]
+
+
+def test_logits_are_those_of_the_torch_executor(artifact: Path, library: Library) -> None:
+    texts = _texts(1, 30, 70)
+    exact, native = PagedDecoder(artifact), NativeDecoder(artifact, library)
+    outputs = [d.step([(Text(ids), len(ids)) for ids in texts]) for d in (exact, native)]
+    expected, actual = (torch.cat(logits) for logits in outputs)
+    spread = expected.std()
+    assert (actual - expected).square().mean().sqrt() < 0.03 * spread
+    top = expected.topk(2, dim=-1).values
+    clear = top[:, 0] - top[:, 1] > 0.3 * spread
+    assert clear.any()
+    assert torch.equal(actual.argmax(-1)[clear], expected.argmax(-1)[clear])
+
+
+def test_hidden_states_are_those_of_the_torch_executor(artifact: Path, library: Library) -> None:
+    from tests.parity.paged import make_inputs
+
+    text = Text(_texts(20)[0], list(range(3)))
+    inputs = make_inputs([(text, 20)], 8)
+    exact, native = PagedDecoder(artifact), NativeDecoder(artifact, library)
+    expected = exact.executor.hidden(inputs, exact.kv)
+    actual = native.executor.hidden(inputs, native.kv)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
+
+
+def test_a_rows_logits_have_the_same_bits_in_any_batch(artifact: Path, library: Library) -> None:
+    """Alone token by token; in one chunk; in uneven chunks within a crowd; on 1, 2, 3 threads."""
+    text, *others = _texts(61, 3, 40, 25, 9)
+    alone = NativeDecoder(artifact, library, threads=1)
+    sequence = Text(text)
+    expected = torch.cat([alone.step([(sequence, 1)])[0] for _ in text])
+    for threads, seed in itertools.product((1, 2, 3), (1, 2)):
+        whole = NativeDecoder(artifact, library, threads, seed)
+        assert torch.equal(whole.step([(Text(text), len(text))])[0], expected)
+        draw = random.Random(seed)
+        crowd = NativeDecoder(artifact, library, threads, seed)
+        sequence, left = Text(text), [Text(ids) for ids in others]
+        rows = []
+        while (rest := len(text) - sequence.num_computed) > 0:
+            chunks = [(sequence, min(rest, draw.randint(1, 9)))]
+            for other in left:
+                if num := min(draw.randint(0, 5), len(other.token_ids) - other.num_computed):
+                    chunks.insert(draw.randint(0, len(chunks)), (other, num))
+            index = [other is sequence for other, _ in chunks].index(True)
+            rows.append(crowd.step(chunks)[index])
+        assert torch.equal(torch.cat(rows), expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 12, 13, 24, 32])
+def test_decodes_have_the_same_bits_in_every_batch_size(
+    tmp_path: Path, library: Library, num_rows: int
+) -> None:
+    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16)
+    decoders = [NativeDecoder(artifact, library, threads) for threads in (1, 2)]
+    texts = _texts(*range(5, 5 + num_rows))
+    for decoder in decoders:
+        together = [Text(ids) for ids in texts]
+        decoder.step([(t, len(t.token_ids) - 1) for t in together])
+        rows = decoder.step([(t, 1) for t in together])
+        alone = Text(texts[-1])
+        decoder.step([(alone, len(alone.token_ids) - 1)])
+        assert torch.equal(decoder.step([(alone, 1)])[0], rows[-1])
+
+
+def test_rows_that_need_no_logits_change_nothing(tmp_path: Path, library: Library) -> None:
+    from tests.parity.paged import make_inputs
+
+    decoder = NativeDecoder(make_tiny_artifact(tmp_path, dtype=torch.bfloat16), library)
+    texts = [Text(ids, [2 * i, 2 * i + 1]) for i, ids in enumerate(_texts(9, 4))]
+    chunks = [(text, len(text.token_ids)) for text in texts]
+    every = decoder.executor.forward(make_inputs(chunks, 8), decoder.kv).clone()
+    last = decoder.executor.forward(make_inputs(chunks, 8, all_rows=False), decoder.kv)
+    assert torch.equal(last, every[[8, 12]])
+
+
+def test_greedy_answers_are_those_of_torch(tmp_path: Path, library: Library) -> None:
+    """With prefix hits, preemption and small chunks; the torch executor computes in fp32."""
+    make_tiny_artifact(tmp_path, dtype=torch.bfloat16)
+    prompts, greedy = _texts(8, 23, 31, 40), SamplingParams(temperature=0.0, max_tokens=6)
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 8}
+    answers = []
+    for options in (
+        {"runner": {"dtype": "float32"}},
+        {"runner": {"executor": "native", "threads": 2}},
+        {"runner": {"executor": "native", "threads": 1}, "scheduler": small},
+    ):
+        with LLM(tmp_path, max_model_len=64, **options) as llm:
+            done = llm.generate(prompts, greedy)
+            answers.append([c.token_ids for c in done])
+            info = llm.info
+    assert info.executor == f"native {library.isa}"
+    assert answers[1] == answers[0]
+    assert answers[2] == answers[1]
+
+
+def test_what_cannot_be_lowered_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, hidden_size=48)  # head_dim 12
+    with pytest.raises(ConfigError, match="'native', but head_dim 12"):
+        LLM(artifact, max_model_len=64, runner={"executor": "native"})
+    with caplog.at_level(logging.WARNING), LLM(artifact, max_model_len=64) as llm:
+        assert llm.info.executor == "torch"
+    assert "the torch executor runs this model" in caplog.text
+    config = ModelConfig.from_hf(read_hf_config(artifact))
+    weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
+    with pytest.raises(CannotLower, match="float32"):
+        lower(build_spec(config), weights)
+    monkeypatch.setenv(ISA_VARIABLE, "sse9")
+    with pytest.raises(ConfigError, match="must be none or one of"):
+        LLM(artifact, max_model_len=64)
+    monkeypatch.setenv(ISA_VARIABLE, "none")
+    with pytest.raises(ConfigError, match="is 'none'"):
+        LLM(artifact, max_model_len=64, runner={"executor": "native"})

@@ -1,0 +1,106 @@
+// The C interface that Python calls through ctypes, and the structs both sides lay out alike.
+// kernels/structs.py mirrors them; TW_ABI guards the pair. Knows no torch and no Python.
+#pragma once
+#include <stdint.h>
+
+#define TW_ABI 1
+#define TW_PANEL 32          // output columns of one packed panel
+#define TW_SPLIT 256         // positions of an attention split: fixed and absolute
+#define TW_TILE 16           // positions of an attention tile: fixed and absolute
+#define TW_MAX_BUFFERS 16
+#define TW_MAX_ROPES 4
+#define TW_MAX_HEAD_DIM 256
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum TwOpKind {
+    TW_EMBED = 0,     // out f32 = table[id] * scale
+    TW_RMS_NORM = 1,  // x f32 -> out bf16
+    TW_LINEAR = 2,    // x bf16 -> out, by mode
+    TW_ROPE_KV = 3,   // x f32 (qkv) -> out bf16 (queries), keys and values into the cache
+    TW_ATTEND = 4,    // x bf16 (queries) -> out bf16
+    TW_MERGE = 5,     // out bf16 from the partial results of sequences that were split
+    TW_PICK = 6,      // out f32 [R] = x f32 [logit_rows]
+};
+
+enum TwLinearMode {
+    TW_STORE_F32 = 0,
+    TW_ADD_F32 = 1,   // residual add
+    TW_STORE_BF16 = 2,
+    TW_SILU = 3,      // panels of 16 gate and 16 up columns -> 16 columns bf16
+    TW_GELU = 4,      // the same, tanh approximation
+};
+
+enum TwEmbedMode { TW_ROW_MAJOR = 0, TW_PACKED = 1 };
+
+// Fields that an op does not name are unused. Strides (ld*) are elements.
+struct TwOp {
+    int32_t kind;
+    int32_t mode;
+    int32_t picked;      // 1: runs over the R picked rows, 0: over all T tokens
+    int32_t x, out;      // buffer slots
+    int32_t layer;
+    int32_t rope;        // slot of the table; -1: none
+    int32_t num_heads, num_kv_heads, head_dim;
+    int32_t window;      // positions a query sees, itself included; 0: all
+    int32_t reserved;
+    float eps;           // RMS_NORM, ROPE_KV
+    float scale;         // EMBED, ATTEND
+    float soft_cap;      // 0: none
+    float reserved_f;
+    int64_t n, k;        // LINEAR: out and in features; RMS_NORM, EMBED, PICK: columns
+    int64_t ldx, ldo;
+    const void* weight;  // packed bf16; RMS_NORM: f32; EMBED: bf16; ROPE_KV: f32 q norm or null
+    const void* extra;   // LINEAR: f32 bias or null; ROPE_KV: f32 k norm or null
+};
+
+// One step's batch: T tokens of S sequences, R rows picked. See attention/base.py's StepInputs.
+struct TwStep {
+    int64_t num_tokens, num_seqs, num_rows;
+    const int64_t* input_ids;        // [T]
+    const int64_t* positions;        // [T]
+    const int64_t* slot_mapping;     // [T]
+    const int32_t* query_start_loc;  // [S + 1]
+    const int32_t* seq_lens;         // [S]
+    const int32_t* block_tables;     // [S, block_table_stride]
+    int64_t block_table_stride;
+    const int64_t* logit_rows;       // [R]
+    void* const* keys;               // [layers]: bf16 [blocks, num_kv_heads, block_size, head_dim]
+    void* const* values;
+    int64_t block_size;
+    void* buffers[TW_MAX_BUFFERS];
+    const float* ropes[TW_MAX_ROPES];  // [positions, head_dim]: cos then sin of each half
+};
+
+// One row of a draw; see runner/sampler.py for what each field means.
+struct TwDraw {
+    double top_p;
+    uint64_t seed;
+    uint64_t index;
+    int64_t top_k;
+    float temperature;   // 0: greedy
+    float min_p;
+};
+
+struct TwTeam;
+
+#define TW_EXPORT __attribute__((visibility("default")))
+
+TW_EXPORT int32_t tw_abi(void);
+// Best instruction set of this machine that has kernels: 0 none, 1 avx2, 2 avx512, 3 avx512bf16.
+TW_EXPORT int32_t tw_best_isa(void);
+TW_EXPORT struct TwTeam* tw_team_create(int32_t num_threads);
+TW_EXPORT void tw_team_destroy(struct TwTeam* team);
+// Run ops over a step. 0, or a negative number for arguments that no kernel takes.
+TW_EXPORT int32_t tw_run(struct TwTeam* team, int32_t isa, const struct TwOp* ops, int64_t num_ops,
+                         const struct TwStep* step);
+// Token ids of logits [num_rows, vocab]; -1 where a row has no draw.
+TW_EXPORT int32_t tw_sample(struct TwTeam* team, int32_t isa, const float* logits, int64_t num_rows,
+                            int64_t vocab, int64_t stride, const struct TwDraw* draws,
+                            int64_t* token_ids);
+
+#ifdef __cplusplus
+}
+#endif

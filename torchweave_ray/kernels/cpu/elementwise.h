@@ -1,0 +1,111 @@
+// Embedding, RMSNorm, rope with the KV write, and picking rows: one token or row a call.
+// Include after numeric.h.
+#pragma once
+#include "kernels.h"
+
+namespace {
+
+static inline float bf16_to_f32(uint16_t bits) {
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, 4);
+    return value;
+}
+
+// Columns [n, ld) of the output become 0: products read whole pairs.
+static void embed(const TwOp& op, const TwStep& step, int64_t token) {
+    const int64_t id = step.input_ids[token];
+    float* out = (float*)step.buffers[op.out] + token * op.ldo;
+    const uint16_t* table = (const uint16_t*)op.weight;
+    if (op.mode == TW_PACKED) {
+        const int64_t pairs = (op.k + 1) / 2;
+        const uint16_t* at = table + (id / TW_PANEL * pairs * TW_PANEL + id % TW_PANEL) * 2;
+        for (int64_t i = 0; i < pairs; i++, at += TW_PANEL * 2) {
+            out[2 * i] = bf16_to_f32(at[0]) * op.scale;
+            out[2 * i + 1] = bf16_to_f32(at[1]) * op.scale;
+        }
+    } else {
+        for (int64_t i = 0; i < op.k; i++) out[i] = bf16_to_f32(table[id * op.k + i]) * op.scale;
+    }
+    for (int64_t i = op.k; i < op.ldo; i++) out[i] = 0.0f;
+}
+
+// 1 / sqrt(mean of squares + eps). Columns behind n, up to whole vectors, must be 0.
+static inline float inverse_rms(const float* x, int64_t n, float eps) {
+    F sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+        for (int v = 0; v < 4; v++) {
+            const F value = load(x + i + v * W);
+            sums[v] = fma(value, value, sums[v]);
+        }
+    for (; i < n; i += W) {
+        const F value = keep(load(x + i), zero(), (int)i, 0, (int)n);
+        sums[0] = fma(value, value, sums[0]);
+    }
+    const float sum = hsum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+    return 1.0f / __builtin_sqrtf(sum / (float)n + eps);
+}
+
+static void rms_norm(const TwOp& op, const TwStep& step, int64_t row) {
+    const float* x = (const float*)step.buffers[op.x] + row * op.ldx;
+    uint16_t* out = (uint16_t*)step.buffers[op.out] + row * op.ldo;
+    const float* weight = (const float*)op.weight;
+    const F scale = set1(inverse_rms(x, op.n, op.eps));
+    int64_t i = 0;  // weights are padded with zeros to whole panels
+    for (; i < op.n; i += W) store_bf16(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+    for (; i < op.ldo; i += W) store_bf16(out + i, zero());
+}
+
+static void pick(const TwOp& op, const TwStep& step, int64_t row) {
+    const float* x = (const float*)step.buffers[op.x] + step.logit_rows[row] * op.ldx;
+    __builtin_memcpy((float*)step.buffers[op.out] + row * op.ldo, x, op.ldo * sizeof(float));
+}
+
+// x [head_dim] f32 -> out bf16: norm if asked, then rotate halves (a, b) -> (ac - bs, bc + as).
+static inline void norm_and_rotate(const TwOp& op, const float* x, const float* norm,
+                                   const float* table, uint16_t* out) {
+    const int64_t dim = op.head_dim, half = dim / 2;
+    alignas(64) float normed[TW_MAX_HEAD_DIM];
+    if (norm != nullptr) {
+        const F scale = set1(inverse_rms(x, dim, op.eps));
+        for (int64_t i = 0; i < dim; i += W)
+            store(normed + i, mul(mul(load(x + i), scale), load(norm + i)));
+        x = normed;
+    }
+    if (table == nullptr) {
+        for (int64_t i = 0; i < dim; i += W) store_bf16(out + i, load(x + i));
+        return;
+    }
+    // head_dim is a multiple of 16, so halves are whole half-vectors of 8 lanes at least.
+    alignas(64) float rotated[TW_MAX_HEAD_DIM + W];
+    for (int64_t i = 0; i < half; i += 8) {
+        const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + half + i);
+        const __m256 c = _mm256_loadu_ps(table + i), s = _mm256_loadu_ps(table + half + i);
+        _mm256_storeu_ps(rotated + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
+        _mm256_storeu_ps(rotated + half + i, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
+    }
+    for (int64_t i = 0; i < dim; i += W) store_bf16(out + i, load(rotated + i));
+}
+
+// One token of qkv [num_heads + 2 * num_kv_heads, head_dim]: queries out, K and V into its slot.
+static void rope_kv(const TwOp& op, const TwStep& step, int64_t token) {
+    const int64_t dim = op.head_dim, kv_heads = op.num_kv_heads;
+    const float* x = (const float*)step.buffers[op.x] + token * op.ldx;
+    uint16_t* queries = (uint16_t*)step.buffers[op.out] + token * op.ldo;
+    const float* table = op.rope < 0 ? nullptr : step.ropes[op.rope] + step.positions[token] * dim;
+    for (int64_t head = 0; head < op.num_heads; head++, x += dim)
+        norm_and_rotate(op, x, (const float*)op.weight, table, queries + head * dim);
+    const int64_t block = step.slot_mapping[token] / step.block_size;
+    const int64_t offset = step.slot_mapping[token] % step.block_size;
+    const int64_t stride = step.block_size * dim;
+    const int64_t slot = block * kv_heads * stride + offset * dim;
+    uint16_t* keys = (uint16_t*)step.keys[op.layer] + slot;
+    uint16_t* values = (uint16_t*)step.values[op.layer] + slot;
+    for (int64_t head = 0; head < kv_heads; head++, x += dim)
+        norm_and_rotate(op, x, (const float*)op.extra, table, keys + head * stride);
+    for (int64_t head = 0; head < kv_heads; head++, x += dim)
+        for (int64_t i = 0; i < dim; i += W) store_bf16(values + head * stride + i, load(x + i));
+}
+
+}  // namespace

@@ -1,0 +1,45 @@
+// What every instruction set offers: one table of functions, filled by isa_*.cpp.
+// A function computes one unit of work; who computes which unit never changes a result.
+#pragma once
+#include "api.h"
+
+// A unit of attention: rows [row0, row1) of the query_len * group rows that a sequence has for a
+// KV head. row = token * group + query head within the group.
+struct TwUnit {
+    int32_t seq, kv_head;
+    int32_t row0, row1;
+    int32_t split;        // -1: walk all splits and finish; else leave this split's partial result
+    int64_t partial;      // where the first row's goes
+};
+
+// A row to put together from the partial results of its splits.
+struct TwMerge {
+    int32_t seq, kv_head, row, num_splits;
+    int64_t partial, split_stride;  // split i's is at partial + i * split_stride
+};
+
+struct TwKernels {
+    void (*embed)(const TwOp& op, const TwStep& step, int64_t token);
+    void (*rms_norm)(const TwOp& op, const TwStep& step, int64_t row);
+    // Columns of one panel, rows [row0, row1).
+    void (*linear)(const TwOp& op, const TwStep& step, int64_t panel, int64_t row0, int64_t row1);
+    void (*rope_kv)(const TwOp& op, const TwStep& step, int64_t token);
+    void (*attend)(const TwOp& op, const TwStep& step, const TwUnit& unit, float* partials);
+    void (*merge)(const TwOp& op, const TwStep& step, const TwMerge& row, const float* partials);
+    void (*pick)(const TwOp& op, const TwStep& step, int64_t row);
+    // `scratch` holds 4 * vocab floats.
+    int64_t (*sample)(const float* logits, int64_t vocab, const TwDraw& draw, float* scratch);
+};
+
+// Floats of one partial row: the accumulator, then its maximum and its sum, padded.
+static inline int64_t tw_partial_stride(int64_t head_dim) { return head_dim + 16; }
+
+// Rows of an attention unit, so that its accumulators stay in the first-level cache.
+static inline int64_t tw_unit_rows(int64_t head_dim) {
+    const int64_t rows = 4096 / head_dim;
+    return rows > 64 ? 64 : rows;
+}
+
+extern const TwKernels tw_kernels_avx2;
+extern const TwKernels tw_kernels_avx512;
+extern const TwKernels tw_kernels_avx512bf16;

@@ -1,0 +1,91 @@
+// Products with packed weights: [N / 32][K / 2][32][2] bf16, fp32 sums.
+// One accumulator per output runs over all of K in order, whatever the number of rows: so a row's
+// result has the same bits in every batch. Include after numeric.h.
+#pragma once
+#include "kernels.h"
+
+namespace {
+
+constexpr int VECS = TW_PANEL / W;  // vectors of one row of a panel
+
+static inline F bias_at(const TwOp& op, int64_t column) {
+    return op.extra == nullptr ? zero() : load((const float*)op.extra + column);
+}
+
+// Write one row of a panel: acc holds VECS vectors of columns [32 * panel, 32 * panel + 32).
+static inline void write_row(const TwOp& op, void* out, int64_t row, int64_t panel, F* acc) {
+    const int64_t column = panel * TW_PANEL;
+    for (int v = 0; v < VECS; v++) acc[v] = add(acc[v], bias_at(op, column + v * W));
+    switch (op.mode) {
+        case TW_STORE_F32: {
+            float* at = (float*)out + row * op.ldo + column;
+            for (int v = 0; v < VECS; v++) store(at + v * W, acc[v]);
+            break;
+        }
+        case TW_ADD_F32: {
+            float* at = (float*)out + row * op.ldo + column;
+            for (int v = 0; v < VECS; v++) store(at + v * W, add(load(at + v * W), acc[v]));
+            break;
+        }
+        case TW_STORE_BF16: {
+            uint16_t* at = (uint16_t*)out + row * op.ldo + column;
+            for (int v = 0; v < VECS; v++) store_bf16(at + v * W, acc[v]);
+            break;
+        }
+        default: {  // 16 gate columns, then their 16 up columns
+            uint16_t* at = (uint16_t*)out + row * op.ldo + column / 2;
+            for (int v = 0; v < VECS / 2; v++) {
+                const F gate = acc[v];
+                const F activated = op.mode == TW_SILU ? silu(gate) : gelu_tanh(gate);
+                store_bf16(at + v * W, mul(activated, acc[v + VECS / 2]));
+            }
+        }
+    }
+}
+
+template <int R>
+static void linear_rows(const TwOp& op, const TwStep& step, int64_t panel, int64_t row0) {
+    const int64_t pairs = (op.k + 1) / 2;
+    const uint16_t* w = (const uint16_t*)op.weight + panel * pairs * TW_PANEL * 2;
+    const uint16_t* x = (const uint16_t*)step.buffers[op.x] + row0 * op.ldx;
+    F acc[R][VECS];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) acc[r][v] = zero();
+    for (int64_t i = 0; i < pairs; i++) {
+        P weights[VECS];
+        for (int v = 0; v < VECS; v++) weights[v] = load_pairs(w + i * TW_PANEL * 2 + v * W * 2);
+        for (int r = 0; r < R; r++) {
+            const P value = set1_pair(x + r * op.ldx + i * 2);
+            for (int v = 0; v < VECS; v++) acc[r][v] = dot_pairs(acc[r][v], weights[v], value);
+        }
+    }
+    for (int r = 0; r < R; r++) write_row(op, step.buffers[op.out], row0 + r, panel, acc[r]);
+}
+
+typedef void (*LinearRows)(const TwOp&, const TwStep&, int64_t, int64_t);
+
+template <int R>
+struct LinearTable {
+    static void fill(LinearRows* table) {
+        LinearTable<R - 1>::fill(table);
+        table[R] = linear_rows<R>;
+    }
+};
+template <>
+struct LinearTable<0> {
+    static void fill(LinearRows*) {}
+};
+
+static void linear(const TwOp& op, const TwStep& step, int64_t panel, int64_t row0, int64_t row1) {
+    LinearRows table[ROWS + 1];
+    LinearTable<ROWS>::fill(table);
+    const int64_t rows = row1 - row0;
+    if (rows <= 0) return;
+    const int64_t blocks = (rows + ROWS - 1) / ROWS;  // of nearly equal height
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t first = row0 + rows * b / blocks, end = row0 + rows * (b + 1) / blocks;
+        table[end - first](op, step, panel, first);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,120 @@
+// 16 float lanes. `F` holds floats, `P` pairs of bf16 (the lower index in the lower half).
+// Everything is in an anonymous namespace: files of different instruction sets must share no code.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+typedef __m512 F;
+typedef __m512i P;
+constexpr int W = 16;            // lanes
+constexpr int ROWS = 12;         // rows of x against one panel: 24 accumulators of 32 registers
+constexpr int SCORE_ROWS = 8;    // query rows against 16 positions
+constexpr int VALUE_ROWS = 4;    // query rows by VALUE_VECS vectors of values
+constexpr int VALUE_VECS = 4;
+
+static inline F zero() { return _mm512_setzero_ps(); }
+static inline F set1(float x) { return _mm512_set1_ps(x); }
+static inline F load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+static inline P load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
+static inline P set1_pair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+}
+static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+// NaN in b comes out: x86 returns the second operand when either is NaN.
+static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+static inline float hmax(F v) { return _mm512_reduce_max_ps(v); }
+static inline float hsum(F v) { return _mm512_reduce_add_ps(v); }
+
+// Lanes i with first <= lane0 + i < end keep v, others take `other`.
+static inline F keep(F v, F other, int lane0, int first, int end) {
+    const __m512i lanes = _mm512_add_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+        _mm512_set1_epi32(lane0));
+    const __mmask16 in = _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32(first), _MM_CMPINT_NLT) &
+                         _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32(end), _MM_CMPINT_LT);
+    return _mm512_mask_mov_ps(other, in, v);
+}
+// Where x < limit: other, else v (NaN in x keeps v).
+static inline F below(F x, F limit, F other, F v) {
+    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), other);
+}
+// Lanes where x is NaN take x: NaN sticks in acc.
+static inline F stick_nan(F acc, F x) {
+    return _mm512_mask_mov_ps(acc, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
+// Bit i: a >= b in lane i.
+static inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+static inline F round_even(F v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// 2**n for whole n in [-126, 127].
+static inline F exp2_whole(F n) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+static inline F load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+// Round to nearest even; NaN stays NaN.
+static inline void store_bf16(uint16_t* p, F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i safe = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(safe, 16)));
+}
+static inline F low_half(P a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+static inline F high_half(P a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+// acc + a.low * b.low + a.high * b.high
+static inline F dot_pairs(F acc, P a, P b) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+    acc = fma(low_half(a), low_half(b), acc);
+    return fma(high_half(a), high_half(b), acc);
+#endif
+}
+
+// keys[j] points to `pairs` (<= 16) pairs of position j -> out[pair][16 positions].
+static inline void transpose_pairs(const uint16_t* const* keys, int pairs, uint16_t* out) {
+    const __mmask16 some = (__mmask16)((1u << pairs) - 1u);
+    __m512i r[16], t[16];
+    for (int j = 0; j < 16; j++) r[j] = _mm512_maskz_loadu_epi32(some, keys[j]);
+    for (int j = 0; j < 16; j += 2) {
+        t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
+        t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
+    }
+    for (int j = 0; j < 16; j += 4) {
+        r[j] = _mm512_unpacklo_epi64(t[j], t[j + 2]);
+        r[j + 1] = _mm512_unpackhi_epi64(t[j], t[j + 2]);
+        r[j + 2] = _mm512_unpacklo_epi64(t[j + 1], t[j + 3]);
+        r[j + 3] = _mm512_unpackhi_epi64(t[j + 1], t[j + 3]);
+    }
+    for (int c = 0; c < 4; c++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[c], r[c + 4], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(r[c], r[c + 4], 0xDD);
+        const __m512i d = _mm512_shuffle_i32x4(r[c + 8], r[c + 12], 0x88);
+        const __m512i e = _mm512_shuffle_i32x4(r[c + 8], r[c + 12], 0xDD);
+        t[c] = _mm512_shuffle_i32x4(a, d, 0x88);
+        t[c + 4] = _mm512_shuffle_i32x4(b, e, 0x88);
+        t[c + 8] = _mm512_shuffle_i32x4(a, d, 0xDD);
+        t[c + 12] = _mm512_shuffle_i32x4(b, e, 0xDD);
+    }
+    for (int i = 0; i < pairs; i++) _mm512_storeu_si512(out + i * 32, t[i]);
+}
+
+}  // namespace

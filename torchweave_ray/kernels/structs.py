@@ -1,0 +1,75 @@
+"""The structs of cpu/api.h for ctypes, field by field. Knows nothing of what the fields do."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+
+ABI = 1
+PANEL = 32
+MAX_BUFFERS = 16
+MAX_ROPES = 4
+MAX_HEAD_DIM = 256
+
+EMBED, RMS_NORM, LINEAR, ROPE_KV, ATTEND, MERGE, PICK = range(7)
+STORE_F32, ADD_F32, STORE_BF16, SILU, GELU = range(5)
+ROW_MAJOR, PACKED = range(2)
+
+
+class Op(ctypes.Structure):
+    _fields_ = (
+        ("kind", c_int32),
+        ("mode", c_int32),
+        ("picked", c_int32),
+        ("x", c_int32),
+        ("out", c_int32),
+        ("layer", c_int32),
+        ("rope", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("window", c_int32),
+        ("reserved", c_int32),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("soft_cap", c_float),
+        ("reserved_f", c_float),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("ldx", c_int64),
+        ("ldo", c_int64),
+        ("weight", c_void_p),
+        ("extra", c_void_p),
+    )
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        ("num_tokens", c_int64),
+        ("num_seqs", c_int64),
+        ("num_rows", c_int64),
+        ("input_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("query_start_loc", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("block_table_stride", c_int64),
+        ("logit_rows", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("block_size", c_int64),
+        ("buffers", c_void_p * MAX_BUFFERS),
+        ("ropes", c_void_p * MAX_ROPES),
+    )
+
+
+class Draw(ctypes.Structure):
+    _fields_ = (
+        ("top_p", c_double),
+        ("seed", c_uint64),
+        ("index", c_uint64),
+        ("top_k", c_int64),
+        ("temperature", c_float),
+        ("min_p", c_float),
+    )

@@ -1,0 +1,116 @@
+"""Pure-torch twins of the CPU kernels: the same signatures as the methods of `ops.NativeOps`.
+
+Written for plainness, not speed: fp32 throughout, rounded to bf16 where the kernels round.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
+from torchweave_ray.kernels.program import RopeTable
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+def embed(input_ids: Tensor, table: Tensor | PackedLinear, scale: float = 1.0) -> Tensor:
+    """[T, k] fp32 rows of a table, plain [n, k] or packed as the head reads it."""
+    rows = unpack_linear(table) if isinstance(table, PackedLinear) else table
+    return rows[input_ids].float() * scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """[M, n] fp32 -> bf16."""
+    scale = weight.float() + weight_offset
+    return functional.rms_norm(x, scale.shape, scale, eps).bfloat16()
+
+
+def linear(
+    x: Tensor,
+    weight: PackedLinear,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """x [M, k] bf16 @ weight.T + bias: fp32, or `dtype`; added to `residual` [M, n] fp32 in place
+    where given. `activation`: of a gated weight; act(gates) * ups [M, n / 2] bf16."""
+    product = functional.linear(x.float(), unpack_linear(weight).float())
+    if bias is not None:
+        product += bias.float()
+    if residual is not None:
+        return residual.add_(product)
+    if activation is None:
+        return product.to(dtype)
+    gate, up = product.chunk(2, dim=-1)
+    if activation == "silu":
+        return (functional.silu(gate) * up).bfloat16()
+    return (functional.gelu(gate, approximate="tanh") * up).bfloat16()
+
+
+def rope_kv(
+    qkv: Tensor,
+    kv: LayerKV,
+    inputs: StepInputs,
+    shape: AttentionShape,
+    rope: RopeTable | None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """qkv [T, (num_heads + 2 num_kv_heads) * head_dim] fp32: queries normed, rotated, bf16; keys
+    likewise, and values, into their slots of `kv`."""
+    heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    x = qkv.view(-1, heads + 2 * kv_heads, dim)
+    queries, keys, values = x[:, :heads], x[:, heads:-kv_heads], x[:, -kv_heads:]
+    rotated = []
+    for x, norm in ((queries, q_norm), (keys, k_norm)):
+        if norm is not None:
+            x = functional.rms_norm(x, (dim,), norm.float(), eps)
+        rotated.append(x if rope is None else _rotate(x, rope, inputs))
+    block_size = kv.keys.shape[2]
+    blocks, offsets = inputs.slot_mapping // block_size, inputs.slot_mapping % block_size
+    kv.keys[blocks, :, offsets] = rotated[1].bfloat16()
+    kv.values[blocks, :, offsets] = values.bfloat16()
+    return rotated[0].bfloat16().flatten(1)
+
+
+def _rotate(x: Tensor, rope: RopeTable, inputs: StepInputs) -> Tensor:
+    half = x.shape[-1] // 2
+    rows = rope.rows(inputs.max_seq_len)[inputs.positions][:, None]
+    cos, sin = rows[..., :half], rows[..., half:]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionShape) -> Tensor:
+    """Causal attention of queries [T, num_heads * head_dim] bf16 over the cache -> bf16."""
+    group = shape.num_heads // shape.num_kv_heads
+    out = torch.empty_like(queries)
+    bounds = itertools.pairwise(inputs.query_start_loc.tolist())
+    block_size = kv.keys.shape[2]
+    for s, (start, end) in enumerate(bounds):
+        seq_len = int(inputs.seq_lens[s])
+        positions = torch.arange(seq_len)
+        blocks = inputs.block_tables[s, positions // block_size].long()
+        keys = kv.keys[blocks, :, positions % block_size].float()
+        values = kv.values[blocks, :, positions % block_size].float()
+        q = queries[start:end].view(end - start, shape.num_heads, shape.head_dim).float()
+        scores = torch.einsum("thd,lhd->htl", q, keys.repeat_interleave(group, dim=1))
+        scores *= shape.scale
+        if shape.soft_cap is not None:
+            scores = torch.tanh(scores / shape.soft_cap) * shape.soft_cap
+        at = torch.arange(seq_len - (end - start), seq_len)[:, None]
+        hidden = positions > at
+        if shape.sliding_window is not None:
+            hidden |= positions <= at - shape.sliding_window
+        shares = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        attended = torch.einsum("htl,lhd->thd", shares, values.repeat_interleave(group, dim=1))
+        out[start:end] = attended.flatten(1).bfloat16()
+    return out

@@ -1,0 +1,233 @@
+"""A DecoderSpec as native code: ops with their weights packed, and the buffers between them.
+
+The residual stream and what products give are fp32, what products read is bf16, sums are fp32.
+Knows the kernels' ops, not how they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchweave_ray.errors import ArtifactError
+from torchweave_ray.kernels import structs
+from torchweave_ray.kernels.packing import pack_bias, pack_linear, pack_norm
+from torchweave_ray.kernels.program import Buffer, Code, RopeTable
+from torchweave_ray.kernels.structs import Op
+from torchweave_ray.models.spec import (
+    Attention,
+    DecoderSpec,
+    Embed,
+    GatedActivation,
+    Linear,
+    RMSNorm,
+    Rope,
+)
+from torchweave_ray.models.spec import Op as SpecOp
+
+HIDDEN = "hidden"
+
+
+class CannotLower(Exception):
+    """The native kernels have no way to run this spec; the message says what stands against it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    code: Code
+    """Its last op is the head's product."""
+    logits: int
+    """Slot of the logits [R, vocab] fp32."""
+    head_input: int
+    """Slot of what the head's product reads [R, hidden_size] bf16."""
+
+
+def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor]) -> Lowered:
+    """Raises CannotLower, or ArtifactError naming a tensor that is missing."""
+    if missing := sorted(set(spec.tensors) - set(tensors)):
+        raise ArtifactError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
+    lowering = _Lowering(spec, tensors)
+    lowering.add_all(spec.ops)
+    lowering.pick_rows()
+    lowering.add_all(spec.head_ops)
+    code = Code(
+        tuple(lowering.ops),
+        tuple(lowering.buffers),
+        tuple(lowering.ropes),
+        tuple(lowering.kept),
+    )
+    head = spec.head_ops[-1]
+    if not isinstance(head, Linear):
+        raise CannotLower("the head does not end in a product")
+    return Lowered(code, lowering.slot(head.out), lowering.slot(head.x))
+
+
+@dataclass(slots=True)
+class _Lowering:
+    spec: DecoderSpec
+    tensors: Mapping[str, Tensor]
+    ops: list[Op] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+    ropes: list[RopeTable] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
+    """By name of the spec's buffer; a name of another shape or domain gets a new slot."""
+    packed: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    picked: bool = False
+
+    def add_all(self, ops: Sequence[SpecOp]) -> None:
+        """A product and the activation behind it become one op."""
+        left = list(ops)
+        while left:
+            match left.pop(0):
+                case Linear() as op:
+                    gate = left[0] if left else None
+                    if isinstance(gate, GatedActivation) and gate.x == op.out:
+                        self._linear(op, gate)
+                        left.pop(0)
+                    else:
+                        self._linear(op)
+                case RMSNorm() as op:
+                    self._rms_norm(op)
+                case Attention() as op:
+                    self._attention(op)
+                case Embed() as op:
+                    self._embed(op)
+                case GatedActivation():
+                    raise CannotLower("an activation that does not follow its product")
+
+    def slot(self, name: str) -> int:
+        if name not in self.slots:
+            raise CannotLower(f"buffer {name!r} is read before it is written")
+        return self.slots[name]
+
+    def pick_rows(self) -> None:
+        x = self.slot(HIDDEN)
+        self.picked = True
+        self.slots.clear()
+        out = self._new(HIDDEN, self.buffers[x].columns, torch.float32)
+        self._emit(structs.PICK, x, out)
+
+    def _new(self, name: str, columns: int, dtype: torch.dtype) -> int:
+        buffer = Buffer(columns, dtype, self.picked)
+        if name in self.slots and self.buffers[self.slots[name]] == buffer:
+            return self.slots[name]
+        self.slots[name] = len(self.buffers)
+        self.buffers.append(buffer)
+        if len(self.buffers) > structs.MAX_BUFFERS:
+            raise CannotLower(f"more than {structs.MAX_BUFFERS} buffers")
+        return self.slots[name]
+
+    def _read(self, name: str, dtype: torch.dtype) -> int:
+        slot = self.slot(name)
+        if self.buffers[slot].dtype != dtype:
+            raise CannotLower(f"buffer {name!r} is {self.buffers[slot].dtype}, not {dtype}")
+        return slot
+
+    def _emit(self, kind: int, x: int, out: int, **fields: float | int | None) -> None:
+        op = Op(kind=kind, picked=int(self.picked), x=x, out=out, rope=-1)
+        op.ldx, op.ldo = self.buffers[x].stride, self.buffers[out].stride
+        for name, value in fields.items():
+            setattr(op, name, value)
+        self.ops.append(op)
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _pack(self, name: str, gated: bool = False) -> Tensor:
+        if (name, gated) not in self.packed:
+            weight = self.tensors[name]
+            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+                raise CannotLower(
+                    f"{name} is {weight.dtype} on {weight.device}, not bfloat16 on cpu"
+                )
+            self.packed[name, gated] = pack_linear(weight, gated).data
+            self.kept.append(self.packed[name, gated])
+        return self.packed[name, gated]
+
+    def _embed(self, op: Embed) -> None:
+        """A table that the head multiplies with, too, is kept in the head's layout only."""
+        table = self.tensors[op.table]
+        is_packed = any(isinstance(o, Linear) and o.weight == op.table for o in self.spec.head_ops)
+        if not is_packed and table.dtype != torch.bfloat16:
+            raise CannotLower(f"{op.table} is {table.dtype}, not bfloat16")
+        out = self._new(op.out, table.shape[1], torch.float32)
+        self._emit(
+            structs.EMBED,
+            out,
+            out,
+            mode=structs.PACKED if is_packed else structs.ROW_MAJOR,
+            k=table.shape[1],
+            scale=op.scale,
+            weight=self._pack(op.table).data_ptr() if is_packed else self._keep(table.contiguous()),
+        )
+
+    def _rms_norm(self, op: RMSNorm) -> None:
+        x = self._read(op.x, torch.float32)
+        columns = self.buffers[x].columns
+        weight = self._keep(pack_norm(self.tensors[op.weight], op.weight_offset))
+        out = self._new(op.out, columns, torch.bfloat16)
+        self._emit(structs.RMS_NORM, x, out, n=columns, eps=op.eps, weight=weight)
+
+    def _linear(self, op: Linear, gate: GatedActivation | None = None) -> None:
+        x = self._read(op.x, torch.bfloat16)
+        n, k = self.tensors[op.weight].shape
+        if gate is not None:
+            mode = structs.SILU if gate.kind == "silu" else structs.GELU
+            out = self._new(gate.out, n // 2, torch.bfloat16)
+        elif op.accumulate:
+            mode, out = structs.ADD_F32, self._read(op.out, torch.float32)
+        else:
+            mode, out = structs.STORE_F32, self._new(op.out, n, torch.float32)
+        packed = self._pack(op.weight, gate is not None)
+        bias = None
+        if op.bias is not None:
+            bias = self._keep(pack_bias(self.tensors[op.bias], gate is not None))
+        num_rows = packed.shape[0] * structs.PANEL
+        self._emit(
+            structs.LINEAR, x, out, mode=mode, n=num_rows, k=k, weight=packed.data_ptr(), extra=bias
+        )
+
+    def _attention(self, op: Attention) -> None:
+        shape = op.shape
+        if shape.head_dim % 16 or shape.head_dim > structs.MAX_HEAD_DIM:
+            raise CannotLower(
+                f"head_dim {shape.head_dim} is not a multiple of 16 up to {structs.MAX_HEAD_DIM}"
+            )
+        spec = self.spec
+        if (shape.num_kv_heads, shape.head_dim) != (spec.num_kv_heads, spec.head_dim):
+            raise CannotLower("layers have attention of different shapes")
+        qkv = self._read(op.qkv, torch.float32)
+        columns = shape.num_heads * shape.head_dim
+        queries = self._new(f"queries of {op.qkv}", columns, torch.bfloat16)
+        out = self._new(op.out, columns, torch.bfloat16)
+        heads: dict[str, int] = {
+            "layer": op.layer,
+            "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "window": shape.sliding_window or 0,
+        }
+        norms = {"weight": self._norm(op, op.q_norm), "extra": self._norm(op, op.k_norm)}
+        rope = -1 if op.rope is None else self._rope(op.rope)
+        self._emit(structs.ROPE_KV, qkv, queries, rope=rope, eps=op.norm_eps, **heads, **norms)
+        scores = {"scale": shape.scale, "soft_cap": shape.soft_cap or 0.0}
+        self._emit(structs.ATTEND, queries, out, **heads, **scores)
+        self._emit(structs.MERGE, queries, out, **heads, **scores)
+
+    def _norm(self, op: Attention, name: str | None) -> int | None:
+        if name is None:
+            return None
+        return self._keep(pack_norm(self.tensors[name], op.norm_weight_offset))
+
+    def _rope(self, rope: Rope) -> int:
+        table = RopeTable(rope.inv_freq, rope.attention_scaling)
+        if table not in self.ropes:
+            if len(self.ropes) == structs.MAX_ROPES:
+                raise CannotLower(f"more than {structs.MAX_ROPES} kinds of rope")
+            self.ropes.append(table)
+        return self.ropes.index(table)
