@@ -20,11 +20,10 @@ from optimizer.progress import Progress, SilentProgress
 from optimizer.recipe import Recipe, resolve_recipe
 from optimizer.store import Store, sync_path, write_atomically
 from torchweave_ray.errors import ArtifactError
-from torchweave_ray.models.artifact import FORMAT_VERSION, Manifest
+from torchweave_ray.models.artifact import FORMAT_VERSION, REPORT, Manifest
 
-STAGES_VERSION = 1
+STAGES_VERSION = 2
 """Raise when a stage gives other bytes for the same source: what is staged is then staged anew."""
-REPORT = "report.json"
 
 
 class Stage(Protocol):
@@ -121,8 +120,11 @@ def _stage(recipe: Recipe, store: Store, work: Path, progress: Progress) -> Path
     from optimizer.stages.convert import ConvertStage
     from optimizer.stages.fetch import FetchStage
     from optimizer.stages.fuse import FuseStage
+    from optimizer.stages.pack import PackStage
     from optimizer.stages.publish import PublishStage
     from optimizer.stages.seal import SealStage
+    from optimizer.stages.tune import TuneStage
+    from optimizer.stages.verify import VerifyStage
 
     counting = _CountingProgress(progress)
     draft = Manifest(
@@ -138,10 +140,13 @@ def _stage(recipe: Recipe, store: Store, work: Path, progress: Progress) -> Path
         FetchStage(recipe, counting),
         ConvertStage(recipe, counting),
         FuseStage(counting),
+        PackStage(recipe, counting),
+        VerifyStage(recipe, counting),
+        TuneStage(counting),
         SealStage(counting),
     ]
     manifest, reports = run_stages(stages, work, draft, counting)
-    (work / "seal" / REPORT).write_text(_report(recipe, reports))
+    (work / "seal" / REPORT).write_text(_report(recipe, reports, work))
     run_stages([PublishStage(store, recipe.name, counting)], work, manifest, counting)
     return store.artifact(recipe.name, manifest.artifact_id)
 
@@ -187,10 +192,12 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in files if p.name != REPORT}
 
 
-def _report(recipe: Recipe, reports: Sequence[StageReport]) -> str:
+def _report(recipe: Recipe, reports: Sequence[StageReport], work: Path) -> str:
     values = {
         "recipe": dataclasses.asdict(recipe),
         "stages": [dataclasses.asdict(report) for report in reports],
+        "quality": json.loads((work / "verify" / "quality.json").read_text()),
+        "tuning": json.loads((work / "tune" / "tuning.json").read_text()),
     }
     return json.dumps(values, indent=2) + "\n"
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,11 +22,30 @@ from torchweave_ray.models.artifact import MANIFEST
 
 DType = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["none"]
+Layout = Literal["auto", "fused"]
+Verify = Literal["auto", "none"]
 
 DEFAULT_RECIPE = "smollm2-135m"
 _EMBEDDED = Path(__file__).parent / "recipes"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """How close the artifact must be to its source as dequantised, on the bundled text."""
+
+    max_kl: float = 0.01
+    """Mean Kullback-Leibler divergence of the next token's distribution."""
+    min_top1: float = 0.93
+    """Share of positions with the same most likely token."""
+    max_perplexity_ratio: float = 1.02
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"recipe.bars.{item.name} must be a number, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +62,21 @@ class Recipe:
     dtype: DType = "auto"
     """auto: float32 if the source's matrices are float32, else bfloat16."""
     quantization: Quantization = "none"
+    layout: Layout = "auto"
+    """auto: packed for the CPU kernels where they can read the dtype (others unpack it at start);
+    fused: row-major, for models that are to run on GPUs only."""
+    verify: Verify = "auto"
+    """auto: compare with the source, which takes memory for it in float32; none: do not."""
+    bars: Bars = field(default_factory=Bars)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, str) and not (value is None and field.default is None):
-                raise ConfigError(f"recipe.{field.name} must be text, got {value!r}")
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name == "bars" and not isinstance(value, Bars):
+                raise ConfigError(f"recipe.bars must be a mapping, got {value!r}")
+            if isinstance(value, str | Bars) or (value is None and item.default is None):
+                continue
+            raise ConfigError(f"recipe.{item.name} must be text, got {value!r}")
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
                 f"recipe.name {self.name!r} must be lower case letters, digits, '.', '_' or '-'"
@@ -57,6 +85,8 @@ class Recipe:
             raise ConfigError(f"recipe.sha256 must be 64 lower case hex digits, got {self.sha256}")
         _one_of("dtype", self.dtype, get_args(DType))
         _one_of("quantization", self.quantization, get_args(Quantization))
+        _one_of("layout", self.layout, get_args(Layout))
+        _one_of("verify", self.verify, get_args(Verify))
         self.open_source()
 
     def open_source(self) -> Source:
@@ -84,16 +114,24 @@ def recipe_from_mapping(values: Any, path: Path) -> Recipe:
     """Raises ConfigError for an unknown key, naming the nearest one. `path` names the file."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"recipe {path} must be a mapping, got {type(values).__name__}")
-    known = [field.name for field in dataclasses.fields(Recipe)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} in recipe {path}{nearest(str(key), known)}")
+    _check_keys(values, Recipe, f"recipe {path}")
     if "source" not in values:
         raise ConfigError(f"recipe {path} names no source")
     source = values["source"]
     if isinstance(source, str) and (local := path.parent / Path(source).expanduser()).exists():
         source = str(local.resolve())
-    return Recipe(**({"name": path.stem} | dict(values) | {"source": source}))
+    given = {"name": path.stem} | dict(values) | {"source": source}
+    if isinstance(bars := given.get("bars"), Mapping):
+        _check_keys(bars, Bars, f"bars of recipe {path}")
+        given["bars"] = Bars(**bars)
+    return Recipe(**given)
+
+
+def _check_keys(values: Mapping[Any, Any], kind: type[Recipe | Bars], where: str) -> None:
+    known = [item.name for item in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in {where}{nearest(str(key), known)}")
 
 
 def resolve_recipe(reference: str | Path | Recipe) -> Recipe:

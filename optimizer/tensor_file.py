@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
-_ALIGNMENT = 64  # of the data in the file: readers map it
+_ALIGNMENT = 4096  # of the data in the file: readers map it and use it in place
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,8 @@ RULES = {
         | {"optimizer.task"},
         frozenset({"torch"}),
     ),
-    "optimizer": Rule(_ours("models kernels errors"), frozenset({"ray", "deployments"})),
-    "optimizer.task": Rule(_ours("models kernels errors"), frozenset({"deployments"})),
+    "optimizer": Rule(_ours("models kernels attention errors"), frozenset({"ray", "deployments"})),
+    "optimizer.task": Rule(_ours("models kernels attention errors"), frozenset({"deployments"})),
 }
 """The longest matching name decides. Leaf modules of torchweave_ray follow its own row."""
 

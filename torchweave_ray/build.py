@@ -11,26 +11,25 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
-from torchweave_ray.config import EngineConfig
+from torchweave_ray.config import EngineConfig, SchedulerConfig, StepCost
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
-from torchweave_ray.errors import ArtifactError, ConfigError
-from torchweave_ray.kernels.library import KernelsUnavailable, load_library
-from torchweave_ray.models.artifact import Manifest, verify_artifact
+from torchweave_ray.errors import ArtifactError
+from torchweave_ray.kernels.machine import fingerprint
+from torchweave_ray.models.artifact import Manifest, read_report, verify_artifact
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.lowering import CannotLower
+from torchweave_ray.models.executors import Placement, executor_name, open_executor
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
 from torchweave_ray.models.torch_executor import TorchExecutor
-from torchweave_ray.models.weights import load_weights
 from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.device import (
     free_memory,
@@ -58,6 +57,8 @@ class LoadedModel:
     manifest: Manifest
     tokenizer_dir: Path
     """For `load_tokenizer`."""
+    step_cost: StepCost | None
+    """Measured by the optimizer on a machine like this one."""
     startup_s: Mapping[str, float]
     """Seconds by stage, in their order: verify, weights, kv_cache, first_step."""
 
@@ -80,8 +81,16 @@ def load_model(
     dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
     threads = set_num_threads(config.runner.threads)
     with stages.timed("weights"):
-        tensors = load_weights(artifact_dir, model, dtype, device)
-        executor = _choose_executor(config.runner.executor, spec, tensors, device, threads)
+        executor = open_executor(
+            artifact_dir,
+            model,
+            manifest,
+            Placement(dtype, device, threads, config.runner.executor),
+            TorchPagedAttention(),
+        )
+        if isinstance(executor, NativeExecutor):
+            # What is left for torch is small, and its threads would spin on our cores.
+            set_num_threads(1)
     with stages.timed("kv_cache"):
         runner = _build_runner(executor, spec, model, config, dtype, device)
     with stages.timed("first_step"):
@@ -95,39 +104,47 @@ def load_model(
         eos_token_ids=model.eos_token_ids,
         device=str(device),
         dtype=_dtype_name(dtype),
-        executor=_executor_name(executor),
+        executor=executor_name(executor),
         max_model_len=runner.limits.max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         block_size=runner.limits.block_size,
     )
-    return LoadedModel(runner, info, manifest, artifact_dir, stages.seconds)
-
-
-def _choose_executor(
-    choice: str,
-    spec: DecoderSpec,
-    tensors: Mapping[str, torch.Tensor],
-    device: torch.device,
-    threads: int,
-) -> NativeExecutor | TorchExecutor:
-    """Raises ConfigError when native is asked for and cannot be had."""
-    if choice != "torch":
-        try:
-            executor = NativeExecutor(spec, tensors, load_library(), threads)
-            # What is left for torch is small, and its threads would spin on our cores.
-            set_num_threads(1)
-            return executor
-        except (KernelsUnavailable, CannotLower) as error:
-            if choice == "native":
-                raise ConfigError(f"runner.executor is 'native', but {error}") from error
-            logger.warning("the torch executor runs this model: %s", error)
-    return TorchExecutor(spec, tensors, TorchPagedAttention())
+    found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
+    cost = _tuned_cost(artifact_dir, found, config.scheduler)
+    return LoadedModel(runner, info, manifest, artifact_dir, cost, stages.seconds)
 
 
 def build_engine(loaded: LoadedModel, config: EngineConfig, detokenizer: Detokenizer) -> Engine:
-    return Engine(
-        loaded.runner, detokenizer, config.cache, config.scheduler, loaded.manifest.artifact_id
+    scheduler = config.scheduler
+    if scheduler.step_cost is None:
+        scheduler = replace(scheduler, step_cost=loaded.step_cost)
+    return Engine(loaded.runner, detokenizer, config.cache, scheduler, loaded.manifest.artifact_id)
+
+
+def _tuned_cost(
+    directory: Path, found: Mapping[str, str | int], scheduler: SchedulerConfig
+) -> StepCost | None:
+    """The report's coefficients if they were measured on what is `found` here. None costs only
+    `max_step_ms` its effect, so it is worth a warning where that is set."""
+    level = logging.DEBUG if scheduler.max_step_ms is None else logging.WARNING
+    if scheduler.step_cost is not None:
+        return scheduler.step_cost
+    tuning = read_report(directory).get("tuning")
+    try:
+        if tuning is not None and tuning["fingerprint"] == dict(found):
+            return StepCost(**{key: float(tuning["step_cost"][key]) for key in "abc"})
+        why = "it was not tuned" if tuning is None else f"it was tuned on {tuning['fingerprint']}"
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"its report cannot be read ({error!r})"
+    logger.log(
+        level,
+        "[Scheduler] no step costs for %s on %s: %s; max_step_ms has no effect, steps are limited "
+        "by max_num_batched_tokens",
+        directory.name,
+        dict(found) or "this device",
+        why,
     )
+    return None
 
 
 def _build_runner(
@@ -188,10 +205,6 @@ def _numerics_id(
     path = executor.isa if isinstance(executor, NativeExecutor) else numerics_path(device)
     parts = [manifest.artifact_id, executor.name, path, _dtype_name(dtype)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _executor_name(executor: Executor) -> str:
-    return f"native {executor.isa}" if isinstance(executor, NativeExecutor) else executor.name
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

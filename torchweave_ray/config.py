@@ -64,7 +64,7 @@ class SchedulerConfig:
     max_step_ms: float | None = None
     """Budget of a step in predicted milliseconds; needs `step_cost`."""
     step_cost: StepCost | None = None
-    """Coefficients of the prediction, tuned into the artifact."""
+    """Coefficients of the prediction; None: the artifact's, if measured on a machine like this."""
     ageing_tokens_per_step: int = 32
     """A waiting prompt counts as so many tokens shorter for every step it has waited."""
     max_waiting_tokens: int = 262_144

@@ -10,7 +10,7 @@ from typing import Any
 
 from optimizer.progress import Progress
 from optimizer.store import Store
-from torchweave_ray.models.artifact import Manifest, verify_artifact
+from torchweave_ray.models.artifact import REPORT, Manifest, verify_artifact
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class PublishStage:
         return {}
 
     def run(self, work: Path, manifest: Manifest) -> Manifest:
-        """An artifact of this id that is there already is kept if it is whole, else refused."""
+        """An artifact of this id that is there already is kept if it is whole, else refused; it
+        gets the newer report."""
         sealed = work / "seal"
         target = self.store.artifact(self.model, manifest.artifact_id)
         try:
@@ -34,6 +35,7 @@ class PublishStage:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             verify_artifact(target, full=True)
+            (sealed / REPORT).replace(target / REPORT)
             shutil.rmtree(sealed)
         self.store.sync()
         self.store.point(self.model, target)

@@ -1,10 +1,9 @@
-"""Stage 4: every file hashed, the artifact's id, its manifest: the folder is a whole artifact."""
+"""Every file hashed, the artifact's id, its manifest: the folder is a whole artifact."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.progress import Progress
+from optimizer.store import link_file
 from torchweave_ray.models.artifact import (
     MANIFEST,
     FileEntry,
@@ -36,12 +36,12 @@ class SealStage:
         folder = work / self.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        paths = sorted(path for path in (work / "fuse").iterdir() if path.is_file())
+        paths = sorted(path for path in (work / "pack").iterdir() if path.is_file())
         self.progress.expect(sum(path.stat().st_size for path in paths))
         files = {}
         for path in paths:
             copy = folder / path.name
-            _link(path, copy)
+            link_file(path, copy)
             size = copy.stat().st_size
             files[path.name] = FileEntry(file_sha256(copy), size)
             self.progress.advance(size)
@@ -58,11 +58,3 @@ def files_sha256(files: Mapping[str, FileEntry]) -> str:
     """One hash over weights, config and tokenizer: two artifacts of one id are equal."""
     hashes = {name: entry.sha256 for name, entry in files.items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same bytes under another name; file systems without hard links get a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchweave_ray.kernels import twin
 from torchweave_ray.kernels.ops import NativeOps
-from torchweave_ray.kernels.packing import pack_linear, unpack_linear
+from torchweave_ray.kernels.packing import pack_linear, packed_shape, unpack_linear
 
 SHAPES = [(1, 1), (31, 7), (32, 64), (33, 65), (100, 576), (260, 127)]
 """(n, k): less than a panel, odd k, tails."""
@@ -36,6 +36,7 @@ def test_unpacking_gives_the_weight_back(n: int, k: int, gated: bool) -> None:
     n = 2 * n if gated else n
     weight = _weight(n, k)
     packed = pack_linear(weight, gated)
+    assert packed.data.shape == packed_shape(n, k, gated)
     assert packed.data.shape[2:] == (32, 2)
     assert torch.equal(unpack_linear(packed), weight)
 

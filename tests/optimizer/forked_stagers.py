@@ -23,8 +23,12 @@ from typing import Any
 
 import optimizer.stages.convert
 import optimizer.stages.fuse
+import optimizer.stages.pack
 import optimizer.stages.publish
-import optimizer.stages.seal  # noqa: F401 - loaded here once, not in every child
+import optimizer.stages.seal
+import optimizer.stages.tune
+import optimizer.stages.verify  # noqa: F401 - loaded here once, not in every child
+from optimizer.measuring import step_cost
 from optimizer.pipeline import optimize
 from optimizer.progress import SilentProgress
 from torchweave_ray.errors import ArtifactError
@@ -130,6 +134,7 @@ def race(source: Path, store: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
+    step_cost.BATCH_S = 0.0
     mode, source, store = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     numbers = [int(number) for number in sys.argv[4:]]
     if mode == "crash":

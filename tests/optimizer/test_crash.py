@@ -15,7 +15,7 @@ import pytest
 from optimizer.pipeline import optimize
 from tests.tiny import make_checkpoint
 
-STAGES = ["fetch", "convert", "fuse", "seal", "publish"]
+STAGES = ["fetch", "convert", "fuse", "pack", "verify", "tune", "seal", "publish"]
 
 
 def _run(*arguments: object) -> list[Any]:
@@ -27,7 +27,11 @@ def _run(*arguments: object) -> list[Any]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+    """A recipe in bfloat16: every stage has work, packing too."""
+    folder = make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(f"source: {folder}\ndtype: bfloat16\n")
+    return recipe
 
 
 def _check_crashes(source: Path, tmp_path: Path, first: int, step: int) -> None:
@@ -45,7 +49,7 @@ def _check_crashes(source: Path, tmp_path: Path, first: int, step: int) -> None:
 
 
 def test_killed_anywhere_then_resumed(tmp_path: Path, source: Path) -> None:
-    _check_crashes(source, tmp_path, first=1, step=9)
+    _check_crashes(source, tmp_path, first=1, step=15)
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_the_artifact_holds_the_fused_model(tmp_path: Path, source: Path) -> Non
     assert (artifact / "config.json").read_bytes() == (source / "config.json").read_bytes()
     report = json.loads((artifact / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}
-    assert list(stages) == ["fetch", "convert", "fuse", "seal"]
+    assert list(stages) == ["fetch", "convert", "fuse", "pack", "verify", "tune", "seal"]
     assert all(stage["num_bytes"] > 0 and stage["seconds"] > 0 for stage in stages.values())
     assert list((store / ".work").iterdir()) == []
 
@@ -109,9 +109,10 @@ def test_dtypes(tmp_path: Path, source: Path, stored: Any, dtype: Any, expected:
     save_file(tensors, path)
     artifact = optimize(Recipe("t", str(source), dtype=dtype), tmp_path / "store")
     assert read_manifest(artifact).dtype == expected
-    held = load_file(artifact / "model.safetensors")
     wanted = getattr(torch, expected)
-    assert torch.equal(held["embed.weight"], tensors["model.embed_tokens.weight"].to(wanted))
+    embed = _weights(artifact, wanted)["embed.weight"]
+    assert torch.equal(embed, tensors["model.embed_tokens.weight"].to(wanted))
+    held = load_file(artifact / "model.safetensors")
     assert {tensor.dtype for tensor in held.values()} == {wanted}
 
 
@@ -142,6 +143,14 @@ def test_a_deleted_artifact_is_staged_again_with_the_same_id(tmp_path: Path, sou
     shutil.rmtree(first)
     assert optimize(source, tmp_path / "store") == first
     assert optimize(source, tmp_path / "other").name == first.name
+
+
+def test_staging_an_artifact_again_renews_its_report(tmp_path: Path, source: Path) -> None:
+    first = optimize(Recipe("t", str(source)), tmp_path / "store")
+    before = (first / "model.safetensors").stat().st_ino
+    assert optimize(Recipe("t", str(source), verify="none"), tmp_path / "store") == first
+    assert (first / "model.safetensors").stat().st_ino == before
+    assert json.loads((first / "report.json").read_text())["quality"] is None
 
 
 def test_a_moved_source_gives_the_same_id(tmp_path: Path, source: Path) -> None:
@@ -180,7 +189,7 @@ def test_a_full_disk_leaves_the_old_artifact_and_the_next_run_goes_on(
     verify_artifact(first, full=True)
     recorder = Recorder()
     optimize(source, store, recorder)
-    assert recorder.started == ["fuse", "seal", "publish"]
+    assert recorder.started == ["fuse", "pack", "verify", "tune", "seal", "publish"]
 
 
 def test_the_pin_is_held(tmp_path: Path, source: Path) -> None:

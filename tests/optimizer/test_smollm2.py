@@ -18,9 +18,10 @@ from tokenizers import Tokenizer
 from optimizer.recipe import resolve_recipe
 from optimizer.sources import IndexSource
 from tests.smollm2 import staged_smollm2
-from torchweave_ray.models.artifact import verify_artifact
+from torchweave_ray.kernels.packing import PackedLinear
+from torchweave_ray.models.artifact import read_manifest, read_report, verify_artifact
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.weights import fused_tensors
+from torchweave_ray.models.weights import PACKED, fused_tensors, load_weights, map_packed
 
 pytestmark = pytest.mark.weights
 ROWS: list[tuple[str, list[int]]] = json.loads(
@@ -66,6 +67,22 @@ def test_the_artifact(artifact: Path) -> None:
             assert 0 < values.float().abs().mean() < 30
 
 
+def test_weights_are_mapped_pages(artifact: Path) -> None:
+    assert read_manifest(artifact).layout == PACKED
+    stored = map_packed(artifact, ModelConfig.from_hf(read_hf_config(artifact)))
+    packed = [t.data for t in stored.values() if isinstance(t, PackedLinear)]
+    assert len(packed) == 4 * 30 + 1
+    assert all(t.data_ptr() % 4096 == 0 for t in packed)
+
+
+def test_quality(artifact: Path) -> None:
+    quality = read_report(artifact)["quality"]
+    assert quality["num_tokens"] == 1020
+    assert quality["kl"] < 0.0015
+    assert quality["top1"] > 0.965
+    assert quality["perplexity"] / quality["reference_perplexity"] < 1.002
+
+
 @pytest.mark.parametrize(("text", "ids"), ROWS)
 def test_ids_of_llama_cpp(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
     assert tokenizer.encode(text).ids == ids
@@ -100,7 +117,7 @@ def test_tensors_of_transformers(artifact: Path, gguf_file: Path) -> None:
     )
     theirs = model.state_dict()
     config = ModelConfig.from_hf(read_hf_config(artifact))
-    with safe_open(artifact / "model.safetensors", framework="pt") as file:
-        for fused in fused_tensors(config):
-            wanted = torch.cat([theirs[source] for source in fused.sources]).to(torch.bfloat16)
-            assert torch.equal(file.get_tensor(fused.name), wanted), fused.name
+    ours = load_weights(artifact, config, torch.bfloat16, torch.device("cpu"))
+    for fused in fused_tensors(config):
+        wanted = torch.cat([theirs[source] for source in fused.sources]).to(torch.bfloat16)
+        assert torch.equal(ours[fused.name], wanted), fused.name

@@ -75,7 +75,7 @@ def serving(
     from torchweave_ray.bench.serving import ServingConfig, run_in_loop
 
     config = ServingConfig(
-        concurrency=_concurrency(concurrency),
+        concurrency=positive_numbers(concurrency, "--concurrency"),
         requests=requests,
         input_len=_positive("input-len", input_len),
         output_len=_positive("output-len", output_len),
@@ -144,7 +144,7 @@ def throughput(
     from torchweave_ray.bench.throughput import ThroughputConfig, run_throughput
 
     config = ThroughputConfig(
-        concurrency=_concurrency(concurrency),
+        concurrency=positive_numbers(concurrency, "--concurrency"),
         requests=requests,
         input_len=_positive("input-len", input_len),
         output_len=_positive("output-len", output_len),
@@ -160,13 +160,13 @@ def throughput(
         _save(results, "throughput", values, points)
 
 
-def _concurrency(text: str) -> tuple[int, ...]:
+def positive_numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         values = ()
     if not values or min(values) < 1:
-        raise typer.BadParameter(f"{text!r}: numbers such as 1,4,16", param_hint="--concurrency")
+        raise typer.BadParameter(f"{text!r}: numbers such as 1,4,16", param_hint=option)
     return values
 
 

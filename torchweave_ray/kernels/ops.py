@@ -15,7 +15,7 @@ from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
 from torchweave_ray.kernels import structs
 from torchweave_ray.kernels.library import Team
 from torchweave_ray.kernels.packing import PackedLinear, pack_bias, pack_norm
-from torchweave_ray.kernels.program import Buffer, Code, Program, RopeTable
+from torchweave_ray.kernels.program import Buffer, Code, Program, RopeTable, blank_inputs
 from torchweave_ray.kernels.structs import Op
 from torchweave_ray.kernels.twin import Activation
 
@@ -37,14 +37,14 @@ class NativeOps:
             scale=scale,
             weight=weight.data_ptr(),
         )
-        inputs = replace(_rows(len(input_ids)), input_ids=input_ids)
+        inputs = replace(blank_inputs(len(input_ids)), input_ids=input_ids)
         return self._run([op], [Buffer(columns, torch.float32)], inputs, (weight,))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
         scale = pack_norm(weight, weight_offset)
         op = Op(kind=structs.RMS_NORM, x=1, n=x.shape[1], eps=eps, weight=scale.data_ptr())
         buffers = [Buffer(x.shape[1], torch.bfloat16), Buffer(x.shape[1], torch.float32)]
-        return self._run([op], buffers, _rows(len(x)), (scale,), x=x)
+        return self._run([op], buffers, blank_inputs(len(x)), (scale,), x=x)
 
     def linear(
         self,
@@ -74,7 +74,7 @@ class NativeOps:
         )
         kept = (weight.data, *(() if packed_bias is None else (packed_bias,)))
         buffers = [out, Buffer(weight.k, torch.bfloat16)]
-        result = self._run([op], buffers, _rows(len(x)), kept, x=x, out=residual)
+        result = self._run([op], buffers, blank_inputs(len(x)), kept, x=x, out=residual)
         return result if residual is None else residual.copy_(result)
 
     def rope_kv(
@@ -141,10 +141,3 @@ def _attention_op(kind: int, shape: AttentionShape) -> Op:
         scale=shape.scale,
         soft_cap=shape.soft_cap or 0.0,
     )
-
-
-def _rows(num: int) -> StepInputs:
-    """A batch of `num` rows that is in no sequence."""
-    nothing = torch.zeros(num, dtype=torch.int64)
-    none = torch.zeros(0, dtype=torch.int32)
-    return StepInputs(nothing, nothing, nothing, none, none, none.view(0, 0), nothing[:0], num, 0)

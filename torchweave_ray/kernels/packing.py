@@ -13,6 +13,9 @@ from torch import Tensor
 from torchweave_ray.kernels.structs import PANEL
 
 _HALF = PANEL // 2
+LAYOUT = f"bf16-panels-{PANEL}"
+"""Names the bytes that `pack_linear` gives, for files that hold them. All instruction sets read the
+same; a change of the bytes is a new name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,12 @@ class PackedLinear:
     @property
     def num_outputs(self) -> int:
         return self.n // 2 if self.gated else self.n
+
+
+def packed_shape(n: int, k: int, gated: bool = False) -> tuple[int, int, int, int]:
+    """Of the packed data of a weight [n, k]."""
+    rows = 2 * -(-(n // 2) // _HALF) * _HALF if gated else n
+    return (-(-rows // PANEL), -(-k // 2), PANEL, 2)
 
 
 def pack_linear(weight: Tensor, gated: bool = False) -> PackedLinear:

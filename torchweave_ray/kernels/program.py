@@ -118,6 +118,15 @@ class Program:
         self._pointers, self._kv = (keys, values), kv
 
 
+def blank_inputs(num_rows: int) -> StepInputs:
+    """A batch of rows that are in no sequence, for programs without attention."""
+    nothing = torch.zeros(num_rows, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int32)
+    return StepInputs(
+        nothing, nothing, nothing, none, none, none.view(0, 0), nothing[:0], num_rows, 0
+    )
+
+
 def _address(tensor: Tensor, dtype: torch.dtype) -> int:
     assert tensor.dtype == dtype
     assert tensor.is_contiguous()

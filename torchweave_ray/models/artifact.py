@@ -2,10 +2,11 @@
 
     artifact/
       manifest.json            this module's `Manifest`
-      model.safetensors        fused tensors under the names DecoderSpec uses
+      model.safetensors        fused tensors under the names DecoderSpec uses, packed or row-major
       config.json              the source's Hugging Face config
       generation_config.json   its end tokens and sampling defaults, if it had one
       tokenizer.json, tokenizer_config.json (with the chat template)
+      report.json              how it came about: times, quality, tuning; not covered by the id
 
 Whole hashes are checked when publishing and fetching; at start size, mtime and inode are compared
 with what `seal` recorded then, so that a start reads no weights twice.
@@ -24,6 +25,7 @@ from torchweave_ray.errors import ArtifactError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = ".seal.json"
+REPORT = "report.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -132,6 +134,15 @@ def verify_artifact(directory: Path, full: bool = False) -> Manifest:
     if fresh:
         seal(directory, manifest)
     return manifest
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report of an artifact; {} where there is none that can be read: nothing depends on it."""
+    try:
+        raw = json.loads((directory / REPORT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
 def seal(directory: Path, manifest: Manifest) -> None:

@@ -7,14 +7,15 @@ Knows the kernels' ops, not how they compute.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels import structs
-from torchweave_ray.kernels.packing import pack_bias, pack_linear, pack_norm
+from torchweave_ray.kernels.arena import Arena
+from torchweave_ray.kernels.packing import PackedLinear, pack_bias, pack_linear, pack_norm
 from torchweave_ray.kernels.program import Buffer, Code, RopeTable
 from torchweave_ray.kernels.structs import Op
 from torchweave_ray.models.spec import (
@@ -45,8 +46,11 @@ class Lowered:
     """Slot of what the head's product reads [R, hidden_size] bf16."""
 
 
-def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor]) -> Lowered:
-    """Raises CannotLower, or ArtifactError naming a tensor that is missing."""
+def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor | PackedLinear]) -> Lowered:
+    """Weights that come packed are used where they lie, the others are packed here.
+
+    Raises CannotLower, or ArtifactError naming a tensor that is missing.
+    """
     if missing := sorted(set(spec.tensors) - set(tensors)):
         raise ArtifactError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
     lowering = _Lowering(spec, tensors)
@@ -68,14 +72,15 @@ def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor]) -> Lowered:
 @dataclass(slots=True)
 class _Lowering:
     spec: DecoderSpec
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor | PackedLinear]
     ops: list[Op] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
     ropes: list[RopeTable] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     slots: dict[str, int] = field(default_factory=dict)
     """By name of the spec's buffer; a name of another shape or domain gets a new slot."""
-    packed: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    packed: dict[tuple[str, bool], PackedLinear] = field(default_factory=dict)
+    arena: Arena = field(default_factory=Arena)
     picked: bool = False
 
     def add_all(self, ops: Sequence[SpecOp]) -> None:
@@ -138,44 +143,53 @@ class _Lowering:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def _pack(self, name: str, gated: bool = False) -> Tensor:
+    def _plain(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        if isinstance(tensor, PackedLinear):
+            raise CannotLower(f"{name} is packed, and no product multiplies with it")
+        return tensor
+
+    def _pack(self, name: str, gated: bool = False) -> PackedLinear:
         if (name, gated) not in self.packed:
             weight = self.tensors[name]
-            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-                raise CannotLower(
-                    f"{name} is {weight.dtype} on {weight.device}, not bfloat16 on cpu"
-                )
-            self.packed[name, gated] = pack_linear(weight, gated).data
-            self.kept.append(self.packed[name, gated])
+            data = weight.data if isinstance(weight, PackedLinear) else weight
+            if data.dtype != torch.bfloat16 or data.device.type != "cpu":
+                raise CannotLower(f"{name} is {data.dtype} on {data.device}, not bfloat16 on cpu")
+            if isinstance(weight, Tensor):
+                weight = pack_linear(weight, gated)
+                weight = replace(weight, data=self.arena.place(weight.data))
+            elif weight.gated != gated:
+                raise CannotLower(f"{name} is packed {'without' if gated else 'with'} gates")
+            self.packed[name, gated] = weight
+            self.kept.append(weight.data)
         return self.packed[name, gated]
 
     def _embed(self, op: Embed) -> None:
         """A table that the head multiplies with, too, is kept in the head's layout only."""
-        table = self.tensors[op.table]
         is_packed = any(isinstance(o, Linear) and o.weight == op.table for o in self.spec.head_ops)
-        if not is_packed and table.dtype != torch.bfloat16:
-            raise CannotLower(f"{op.table} is {table.dtype}, not bfloat16")
-        out = self._new(op.out, table.shape[1], torch.float32)
-        self._emit(
-            structs.EMBED,
-            out,
-            out,
-            mode=structs.PACKED if is_packed else structs.ROW_MAJOR,
-            k=table.shape[1],
-            scale=op.scale,
-            weight=self._pack(op.table).data_ptr() if is_packed else self._keep(table.contiguous()),
-        )
+        if is_packed:
+            packed = self._pack(op.table)
+            columns, weight = packed.k, packed.data.data_ptr()
+        else:
+            table = self._plain(op.table)
+            if table.dtype != torch.bfloat16:
+                raise CannotLower(f"{op.table} is {table.dtype}, not bfloat16")
+            columns, weight = table.shape[1], self._keep(table.contiguous())
+        out = self._new(op.out, columns, torch.float32)
+        mode = structs.PACKED if is_packed else structs.ROW_MAJOR
+        self._emit(structs.EMBED, out, out, mode=mode, k=columns, scale=op.scale, weight=weight)
 
     def _rms_norm(self, op: RMSNorm) -> None:
         x = self._read(op.x, torch.float32)
         columns = self.buffers[x].columns
-        weight = self._keep(pack_norm(self.tensors[op.weight], op.weight_offset))
+        weight = self._keep(pack_norm(self._plain(op.weight), op.weight_offset))
         out = self._new(op.out, columns, torch.bfloat16)
         self._emit(structs.RMS_NORM, x, out, n=columns, eps=op.eps, weight=weight)
 
     def _linear(self, op: Linear, gate: GatedActivation | None = None) -> None:
         x = self._read(op.x, torch.bfloat16)
-        n, k = self.tensors[op.weight].shape
+        packed = self._pack(op.weight, gate is not None)
+        n, k = packed.n, packed.k
         if gate is not None:
             mode = structs.SILU if gate.kind == "silu" else structs.GELU
             out = self._new(gate.out, n // 2, torch.bfloat16)
@@ -183,14 +197,11 @@ class _Lowering:
             mode, out = structs.ADD_F32, self._read(op.out, torch.float32)
         else:
             mode, out = structs.STORE_F32, self._new(op.out, n, torch.float32)
-        packed = self._pack(op.weight, gate is not None)
         bias = None
         if op.bias is not None:
-            bias = self._keep(pack_bias(self.tensors[op.bias], gate is not None))
-        num_rows = packed.shape[0] * structs.PANEL
-        self._emit(
-            structs.LINEAR, x, out, mode=mode, n=num_rows, k=k, weight=packed.data_ptr(), extra=bias
-        )
+            bias = self._keep(pack_bias(self._plain(op.bias), gate is not None))
+        num_rows, weight = packed.data.shape[0] * structs.PANEL, packed.data.data_ptr()
+        self._emit(structs.LINEAR, x, out, mode=mode, n=num_rows, k=k, weight=weight, extra=bias)
 
     def _attention(self, op: Attention) -> None:
         shape = op.shape
@@ -222,7 +233,7 @@ class _Lowering:
     def _norm(self, op: Attention, name: str | None) -> int | None:
         if name is None:
             return None
-        return self._keep(pack_norm(self.tensors[name], op.norm_weight_offset))
+        return self._keep(pack_norm(self._plain(name), op.norm_weight_offset))
 
     def _rope(self, rope: Rope) -> int:
         table = RopeTable(rope.inv_freq, rope.attention_scaling)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchweave_ray.attention.base import LayerKV, StepInputs
 from torchweave_ray.kernels.library import Library
+from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.kernels.program import Program
 from torchweave_ray.models.lowering import lower
 from torchweave_ray.models.spec import DecoderSpec
@@ -26,12 +27,12 @@ class NativeExecutor:
     def __init__(
         self,
         spec: DecoderSpec,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | PackedLinear],
         library: Library,
         num_threads: int,
     ) -> None:
-        """Packs the weights: `tensors` are not needed afterwards. Raises CannotLower when the
-        kernels lack something that the spec needs."""
+        """Weights that are packed are used where they lie, others are packed here. Raises
+        CannotLower when the kernels lack something that the spec needs."""
         self._spec = spec
         self._lowered = lower(spec, tensors)
         self.isa = library.isa

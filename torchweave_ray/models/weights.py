@@ -1,28 +1,41 @@
-"""Weights by name: which Hugging Face tensors make which fused tensor, and loading the fused ones.
+"""Weights by name: which Hugging Face tensors make which fused tensor, and how a file holds them.
 
-The one place that knows both namings. The optimizer converts and fuses by `fused_tensors`; an
-executor gets what `load_weights` maps from an artifact's file. Knows nothing of ops.
+The one place that knows both namings and which tensors are packed. The optimizer converts, fuses
+and packs by `fused_tensors`; an executor gets what `load_weights` or `map_packed` reads from an
+artifact's file. Knows nothing of ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchweave_ray.errors import ArtifactError
-from torchweave_ray.models.artifact import WEIGHTS, read_manifest
+from torchweave_ray.kernels import packing
+from torchweave_ray.kernels.packing import PackedLinear, pack_linear, packed_shape, unpack_linear
+from torchweave_ray.models.artifact import WEIGHTS, Manifest, read_manifest
 from torchweave_ray.models.config import ModelConfig
+from torchweave_ray.models.mapped_file import map_tensors
 
 EMBED = "embed.weight"
 NORM = "norm.weight"
 HEAD = "head.weight"
 LAYOUT = "fused"
 """`Manifest.layout` of plain row-major tensors under the names of `fused_tensors`."""
+PACKED = packing.LAYOUT
+"""`Manifest.layout` of the same names, the weights of products as the CPU kernels read them."""
+Packing = Literal["none", "linear", "gated"]
+"""How PACKED holds a tensor: as it is; by `pack_linear`; by `pack_linear` with its gates and ups
+interleaved."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +46,30 @@ class FusedTensor:
     sources: tuple[str, ...]
     """Hugging Face names."""
     source_shapes: tuple[tuple[int, ...], ...]
+    packing: Packing = "none"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (sum(s[0] for s in self.source_shapes), *self.source_shapes[0][1:])
+
+    def stored_shape(self, layout: str) -> tuple[int, ...]:
+        if layout == LAYOUT or self.packing == "none":
+            return self.shape
+        n, k = self.shape
+        return packed_shape(n, k, self.packing == "gated")
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """What PACKED stores of the fused tensor."""
+        if self.packing == "none":
+            return weight
+        return pack_linear(weight, self.packing == "gated").data
+
+    def packed(self, stored: Tensor) -> Tensor | PackedLinear:
+        """What PACKED has stored, around the same memory."""
+        if self.packing == "none":
+            return stored
+        n, k = self.shape
+        return PackedLinear(stored, n, k, self.packing == "gated")
 
 
 def layer_name(layer: int, part: str) -> str:
@@ -47,15 +80,17 @@ def layer_name(layer: int, part: str) -> str:
 def fused_tensors(config: ModelConfig) -> tuple[FusedTensor, ...]:
     """Every tensor of an artifact of this model, in the order they are stored and used.
 
-    A tied head is the embedding itself: it is stored once and has no entry of its own.
+    A tied head is the embedding itself: it is stored once and has no entry of its own, packed as
+    the head reads it (the kernels pick an embedding's row out of a packed table, too).
     """
     hidden, vocab = config.hidden_size, config.vocab_size
-    tensors = [FusedTensor(EMBED, ("model.embed_tokens.weight",), ((vocab, hidden),))]
+    tied: Packing = "linear" if config.tie_word_embeddings else "none"
+    tensors = [FusedTensor(EMBED, ("model.embed_tokens.weight",), ((vocab, hidden),), tied)]
     for layer in range(config.num_layers):
         tensors += _layer_tensors(config, layer)
     tensors.append(FusedTensor(NORM, ("model.norm.weight",), ((hidden,),)))
     if not config.tie_word_embeddings:
-        tensors.append(FusedTensor(HEAD, ("lm_head.weight",), ((vocab, hidden),)))
+        tensors.append(FusedTensor(HEAD, ("lm_head.weight",), ((vocab, hidden),), "linear"))
     return tuple(tensors)
 
 
@@ -75,7 +110,8 @@ def _layer_tensors(config: ModelConfig, layer: int) -> list[FusedTensor]:
         prefixes = [f"model.layers.{layer}.{block}.{source}" for source in sources]
         weights = tuple(f"{prefix}.weight" for prefix in prefixes)
         shapes = tuple((n, columns) for n in rows)
-        found.append(FusedTensor(layer_name(layer, f"{name}.weight"), weights, shapes))
+        packing: Packing = "gated" if name == "gate_up_proj" else "linear"
+        found.append(FusedTensor(layer_name(layer, f"{name}.weight"), weights, shapes, packing))
         if bias:
             biases = tuple(f"{prefix}.bias" for prefix in prefixes)
             lengths = tuple((n,) for n in rows)
@@ -120,35 +156,83 @@ def fuse(tensor: FusedTensor, parts: Sequence[Tensor]) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim=0)
 
 
+def stored_order(tensors: Sequence[FusedTensor], layout: str) -> list[FusedTensor]:
+    """PACKED has the packed tensors first: their sizes are multiples of 128 bytes, for most models
+    of 4096, so behind an aligned header each starts aligned."""
+    return list(tensors) if layout == LAYOUT else sorted(tensors, key=lambda t: t.packing == "none")
+
+
 def load_weights(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    manifest: Manifest | None = None,
 ) -> dict[str, Tensor]:
-    """An artifact's tensors by name. On the CPU in their own dtype they are views of the mapped
-    file, shared by all replicas of a node through the page cache.
+    """An artifact's tensors by name, row-major. On the CPU in their own dtype they are views of
+    the mapped file, shared by all replicas of a node through the page cache; packed ones are
+    unpacked, which takes a copy. `manifest`: of a folder that has none yet.
 
     Raises ArtifactError naming the tensor that is missing, unknown or of another shape.
     """
-    manifest = read_manifest(directory)
-    if manifest.layout != LAYOUT or manifest.quantization:
-        raise ArtifactError(
-            f"{directory}: layout {manifest.layout!r} with quantization "
-            f"{manifest.quantization or 'none'} is not one that this executor reads"
-        )
-    expected = {tensor.name: tensor.shape for tensor in fused_tensors(config)}
-    path = directory / WEIGHTS
     tensors: dict[str, Tensor] = {}
+    num_unpacked = 0
+    for tensor, stored in _read(directory, config, manifest):
+        held = stored
+        if isinstance(stored, PackedLinear):
+            held = unpack_linear(stored)
+            num_unpacked += 1
+        assert isinstance(held, Tensor)
+        tensors[tensor.name] = held.to(device=device, dtype=dtype)
+    if num_unpacked:
+        _logger.info(
+            "[Weights] unpacked %d tensors of %s: it is packed for the native executor",
+            num_unpacked,
+            directory,
+        )
+    return tensors
+
+
+def map_packed(
+    directory: Path, config: ModelConfig, manifest: Manifest | None = None
+) -> Mapping[str, Tensor | PackedLinear]:
+    """The tensors of a CPU artifact as they are stored, all views of the mapped file: packed where
+    its layout is PACKED. Raises as `load_weights`."""
+    found = _read(directory, config, manifest, in_place=True)
+    return {tensor.name: stored for tensor, stored in found}
+
+
+def _read(
+    directory: Path, config: ModelConfig, manifest: Manifest | None, in_place: bool = False
+) -> Iterator[tuple[FusedTensor, Tensor | PackedLinear]]:
+    manifest = manifest or read_manifest(directory)
+    layout = manifest.layout
+    if layout not in (LAYOUT, PACKED) or manifest.quantization:
+        raise ArtifactError(
+            f"{directory}: layout {layout!r} with quantization {manifest.quantization or 'none'} "
+            f"is not one that this build reads ({LAYOUT!r} and {PACKED!r} without); stage the "
+            "model again with `torchweave optimize`"
+        )
+    expected = fused_tensors(config)
+    path = directory / WEIGHTS
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            _check_names(path, set(file.keys()), set(expected))
-            for name, shape in expected.items():
-                _check_shape(f"{path}: {name}", tuple(file.get_slice(name).get_shape()), shape)
-                tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
-                    raise ArtifactError(f"{path}: tensor {name} holds {tensor.dtype}, not floats")
-                tensors[name] = tensor.to(device=device, dtype=dtype)
+            _check_names(path, set(file.keys()), {tensor.name for tensor in expected})
+            mapped = map_tensors(path) if in_place else {}
+            for tensor in expected:
+                wanted = tensor.stored_shape(layout)
+                found = tuple(file.get_slice(tensor.name).get_shape())
+                _check_shape(f"{path}: {tensor.name}", found, wanted)
+                stored = mapped.get(tensor.name)
+                if stored is None:
+                    stored = file.get_tensor(tensor.name)
+                if not stored.is_floating_point():
+                    raise ArtifactError(
+                        f"{path}: tensor {tensor.name} holds {stored.dtype}, not floats"
+                    )
+                yield tensor, tensor.packed(stored) if layout == PACKED else stored
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    return tensors
 
 
 def _check_names(path: Path, present: set[str], wanted: set[str]) -> None:

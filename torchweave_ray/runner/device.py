@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from torchweave_ray.errors import ArtifactError, ConfigError
+from torchweave_ray.kernels.machine import num_cores
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROOT = Path("/")
@@ -37,9 +38,7 @@ def resolve_dtype(choice: str, artifact_dtype: str) -> torch.dtype:
 
 def set_num_threads(threads: int | None) -> int:
     """Let torch use so many CPU threads; None: all cores of this process. Returns the number."""
-    if threads is None:
-        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-        threads = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = threads or num_cores()
     torch.set_num_threads(threads)
     return threads
 

@@ -6,7 +6,7 @@
 #define TW_ABI 1
 #define TW_PANEL 32          // output columns of one packed panel
 #define TW_SPLIT 256         // positions of an attention split: fixed and absolute
-#define TW_TILE 16           // positions of an attention tile: fixed and absolute
+#define TW_TILE 64           // positions of an attention tile: fixed and absolute
 #define TW_MAX_BUFFERS 16
 #define TW_MAX_ROPES 4
 #define TW_MAX_HEAD_DIM 256

@@ -24,19 +24,24 @@ struct TwKernels {
     // Columns of one panel, rows [row0, row1).
     void (*linear)(const TwOp& op, const TwStep& step, int64_t panel, int64_t row0, int64_t row1);
     void (*rope_kv)(const TwOp& op, const TwStep& step, int64_t token);
-    void (*attend)(const TwOp& op, const TwStep& step, const TwUnit& unit, float* partials);
+    // `next`: the unit that this thread likely takes next, or null: its keys are fetched ahead.
+    void (*attend)(const TwOp& op, const TwStep& step, const TwUnit& unit, const TwUnit* next,
+                   float* partials);
     void (*merge)(const TwOp& op, const TwStep& step, const TwMerge& row, const float* partials);
     void (*pick)(const TwOp& op, const TwStep& step, int64_t row);
     // `scratch` holds 4 * vocab floats.
     int64_t (*sample)(const float* logits, int64_t vocab, const TwDraw& draw, float* scratch);
 };
 
-// Floats of one partial row: the accumulator, then its maximum and its sum, padded.
-static inline int64_t tw_partial_stride(int64_t head_dim) { return head_dim + 16; }
+// Accumulators of one row of attention, padded to whole vectors.
+static inline int64_t tw_acc_stride(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+
+// Floats of one partial row: the accumulators, then their maximum and sum, padded.
+static inline int64_t tw_partial_stride(int64_t head_dim) { return tw_acc_stride(head_dim) + 16; }
 
 // Rows of an attention unit, so that its accumulators stay in the first-level cache.
 static inline int64_t tw_unit_rows(int64_t head_dim) {
-    const int64_t rows = 4096 / head_dim;
+    const int64_t rows = 4096 / tw_acc_stride(head_dim);
     return rows > 64 ? 64 : rows;
 }
 

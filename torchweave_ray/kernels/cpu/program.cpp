@@ -59,56 +59,60 @@ struct Run {
 };
 
 template <class Work>
-void share(TwTeam& team, int64_t num_units, int64_t grain, Work work) {
-    for (int64_t unit; (unit = team.next(num_units, grain)) >= 0;)
+void share(TwTeam& team, int thread, int64_t num_units, int64_t grain, Work work) {
+    for (int64_t unit; (unit = team.next(thread, num_units, grain)) >= 0;)
         for (int64_t i = unit; i < unit + grain && i < num_units; i++) work(i);
 }
 
-void run_op(const Run& run, const TwOp& op, TwTeam& team) {
+void run_op(const Run& run, const TwOp& op, TwTeam& team, int thread) {
     const TwStep& step = *run.step;
     const TwKernels& kernels = *run.kernels;
     const int64_t rows = op.picked ? step.num_rows : step.num_tokens;
     switch (op.kind) {
         case TW_EMBED:
-            share(team, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.embed(op, step, i); });
+            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.embed(op, step, i); });
             break;
         case TW_RMS_NORM:
-            share(team, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.rms_norm(op, step, i); });
+            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.rms_norm(op, step, i); });
             break;
         case TW_ROPE_KV:
-            share(team, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.rope_kv(op, step, i); });
+            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.rope_kv(op, step, i); });
             break;
         case TW_PICK:
-            share(team, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.pick(op, step, i); });
+            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.pick(op, step, i); });
             break;
         case TW_LINEAR: {
             const int64_t panels = (op.n + TW_PANEL - 1) / TW_PANEL;
             const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
-            share(team, panels * chunks, 1, [&](int64_t i) {
+            share(team, thread, panels * chunks, 1, [&](int64_t i) {
                 const int64_t chunk = i % chunks;  // a panel's chunks follow each other
                 kernels.linear(op, step, i / chunks, rows * chunk / chunks,
                                rows * (chunk + 1) / chunks);
             });
             break;
         }
-        case TW_ATTEND:
-            share(team, (int64_t)run.attention.units.size(), 1, [&](int64_t i) {
-                kernels.attend(op, step, run.attention.units[i], run.partials);
+        case TW_ATTEND: {
+            const TwUnit* units = run.attention.units.data();
+            const int64_t num_units = (int64_t)run.attention.units.size();
+            share(team, thread, num_units, 1, [&](int64_t i) {
+                const TwUnit* next = i + 1 < num_units ? &units[i + 1] : nullptr;
+                kernels.attend(op, step, units[i], next, run.partials);
             });
             break;
+        }
         case TW_MERGE:
-            share(team, (int64_t)run.attention.merges.size(), TOKEN_GRAIN, [&](int64_t i) {
+            share(team, thread, (int64_t)run.attention.merges.size(), TOKEN_GRAIN, [&](int64_t i) {
                 kernels.merge(op, step, run.attention.merges[i], run.partials);
             });
             break;
     }
 }
 
-void run_all(void* context, TwTeam& team) {
+void run_all(void* context, TwTeam& team, int thread) {
     const Run& run = *(const Run*)context;
     for (int64_t i = 0; i < run.num_ops; i++) {
         if (run.ops[i].kind == TW_MERGE && run.attention.merges.empty()) continue;
-        run_op(run, run.ops[i], team);
+        run_op(run, run.ops[i], team, thread);
         team.barrier();
     }
 }
@@ -130,10 +134,10 @@ struct SampleRun {
     int64_t* token_ids;
 };
 
-void run_sample(void* context, TwTeam& team) {
+void run_sample(void* context, TwTeam& team, int thread) {
     const SampleRun& run = *(const SampleRun*)context;
     float* scratch = (float*)std::malloc(4 * run.vocab * sizeof(float));
-    share(team, run.num_rows, 1, [&](int64_t i) {
+    share(team, thread, run.num_rows, 1, [&](int64_t i) {
         const float* row = run.logits + i * run.stride;
         run.token_ids[i] = run.kernels->sample(row, run.vocab, run.draws[i], scratch);
     });

@@ -9,9 +9,8 @@ typedef __m256 F;
 typedef __m256i P;
 constexpr int W = 8;
 constexpr int ROWS = 2;          // 8 accumulators of 16 registers
-constexpr int SCORE_ROWS = 2;
+constexpr int SCORE_CHAINS = 4;
 constexpr int VALUE_ROWS = 2;
-constexpr int VALUE_VECS = 4;
 
 static inline F zero() { return _mm256_setzero_ps(); }
 static inline F set1(float x) { return _mm256_set1_ps(x); }
@@ -70,17 +69,28 @@ static inline F load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-static inline void store_bf16(uint16_t* p, F v) {
+static inline P rounded(F v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    const __m256i safe = _mm256_castps_si256(
+    return _mm256_castps_si256(
         _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), nan));
-    const __m256i high = _mm256_srli_epi32(safe, 16);
+}
+static inline void store_bf16(uint16_t* p, F v) {
+    const __m256i high = _mm256_srli_epi32(rounded(v), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+static inline void store_pairs(uint16_t* p, F low, F high) {
+    const __m256i upper = _mm256_and_si256(rounded(high), _mm256_set1_epi32((int)0xFFFF0000));
+    _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(upper, _mm256_srli_epi32(rounded(low), 16)));
+}
+static inline P load_some_pairs(const uint16_t* p, int n) {
+    alignas(32) uint16_t pairs[2 * W] = {0};
+    __builtin_memcpy(pairs, p, n * 4);
+    return load_pairs(pairs);
 }
 static inline F low_half(P a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 static inline F high_half(P a) {
@@ -91,10 +101,11 @@ static inline F dot_pairs(F acc, P a, P b) {
     return fma(high_half(a), high_half(b), acc);
 }
 
-// keys[j] points to `pairs` (<= 16) pairs of position j -> out[pair][16 positions].
-static inline void transpose_pairs(const uint16_t* const* keys, int pairs, uint16_t* out) {
+// keys[j] + at points to `pairs` (<= 16) pairs of position j -> out[pair][16 positions].
+static inline void transpose_pairs(const uint16_t* const* keys, int64_t at, int pairs,
+                                   uint16_t* out) {
     for (int i = 0; i < pairs; i++)
-        for (int j = 0; j < 16; j++) __builtin_memcpy(out + i * 32 + j * 2, keys[j] + i * 2, 4);
+        for (int j = 0; j < 16; j++) __builtin_memcpy(out + i * 32 + j * 2, keys[j] + at + i * 2, 4);
 }
 
 }  // namespace

@@ -15,8 +15,8 @@ namespace {
 constexpr int SPINS = 500;
 }  // namespace
 
-TwTeam::TwTeam(int num_threads) : num_threads_(num_threads) {
-    for (int i = 1; i < num_threads; i++) threads_.emplace_back([this] { work(); });
+TwTeam::TwTeam(int num_threads) : num_threads_(num_threads), ranges_(num_threads) {
+    for (int i = 1; i < num_threads; i++) threads_.emplace_back([this, i] { work(i); });
 }
 
 TwTeam::~TwTeam() {
@@ -45,11 +45,15 @@ void TwTeam::wake() {
     changed_.notify_all();
 }
 
+void TwTeam::restart_ranges() {
+    for (auto& range : ranges_) range.taken.store(0, std::memory_order_relaxed);
+}
+
 void TwTeam::barrier() {
     const uint32_t now = generation_.load();
     if (arrived_.fetch_add(1) == num_threads_ - 1) {
         arrived_.store(0);
-        counter_.store(0);
+        restart_ranges();
         generation_.fetch_add(1);
         wake();
     } else {
@@ -60,19 +64,18 @@ void TwTeam::barrier() {
 void TwTeam::run(TwJob job, void* context) {
     job_ = job;
     context_ = context;
-    counter_.store(0);
     generation_.fetch_add(1);
     wake();
-    job(context, *this);
+    job(context, *this, 0);
     barrier();
 }
 
-void TwTeam::work() {
+void TwTeam::work(int thread) {
     uint32_t seen = 0;
     while (true) {
         wait([this, seen] { return generation_.load() != seen; });
         if (stop_) return;
-        job_(context_, *this);
+        job_(context_, *this, thread);
         // The end of the job is a barrier: the next start is one generation after it.
         const uint32_t last = generation_.load();
         barrier();

@@ -8,7 +8,7 @@
 #include <vector>
 
 // What all threads of the team run at once.
-typedef void (*TwJob)(void* context, TwTeam& team);
+typedef void (*TwJob)(void* context, TwTeam& team, int thread);
 
 struct TwTeam {
     explicit TwTeam(int num_threads);
@@ -21,16 +21,30 @@ struct TwTeam {
     // that a thread of somebody else's on the same core is not kept waiting.
     void barrier();
 
-    // Within a job: the next unit of work below `end`, or -1. Counters restart at every barrier.
-    int64_t next(int64_t end, int64_t grain = 1) {
-        const int64_t unit = counter_.fetch_add(grain, std::memory_order_relaxed);
-        return unit < end ? unit : -1;
+    // Within a job: the thread's next unit of work, or -1 when none is left. Each thread walks a
+    // range of neighbours of its own and then helps the others. Ranges restart at every barrier.
+    int64_t next(int thread, int64_t num_units, int64_t grain) {
+        for (int i = 0; i < num_threads_; i++) {
+            const int owner = (thread + i) % num_threads_;
+            const int64_t chunks = (num_units + grain - 1) / grain;
+            const int64_t first = chunks * owner / num_threads_;
+            const int64_t length = chunks * (owner + 1) / num_threads_ - first;
+            if (ranges_[owner].taken.load(std::memory_order_relaxed) >= length) continue;
+            const int64_t unit = ranges_[owner].taken.fetch_add(1, std::memory_order_relaxed);
+            if (unit < length) return (first + unit) * grain;
+        }
+        return -1;
     }
 
     int size() const { return num_threads_; }
 
   private:
-    void work();
+    struct alignas(64) Range {
+        std::atomic<int64_t> taken{0};
+    };
+
+    void work(int thread);
+    void restart_ranges();
     template <class Ready>
     void wait(Ready ready);
     void wake();
@@ -40,7 +54,7 @@ struct TwTeam {
     TwJob job_ = nullptr;
     void* context_ = nullptr;
     bool stop_ = false;
-    alignas(64) std::atomic<int64_t> counter_{0};
+    std::vector<Range> ranges_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};  // counts barriers and job starts
     alignas(64) std::atomic<int> sleepers_{0};

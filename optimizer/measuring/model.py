@@ -1,0 +1,96 @@
+"""A staged model made ready to be measured: its executor, a KV cache, and batches by their shape.
+
+Knows no scheduler: a batch is a list of (start, num_tokens), one pair a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchweave_ray.attention.base import LayerKV, StepInputs
+from torchweave_ray.attention.torch_paged import TorchPagedAttention
+from torchweave_ray.kernels.machine import num_cores
+from torchweave_ray.models.artifact import Manifest
+from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.executors import Placement, executor_name, open_executor
+from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.spec import DecoderSpec, Executor
+
+_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    executor: Executor
+    executor_name: str
+    spec: DecoderSpec
+    dtype: torch.dtype
+
+    def cache(self, num_tokens: int, num_seqs: int = 1) -> list[LayerKV]:
+        """Room for so many tokens a sequence."""
+        spec = self.spec
+        shape = (num_seqs * _blocks(num_tokens), spec.num_kv_heads, _BLOCK, spec.head_dim)
+        return [
+            LayerKV(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+            for _ in range(spec.num_layers)
+        ]
+
+
+def open_staged(folder: Path, manifest: Manifest, threads: int) -> MeasuredModel:
+    """As a replica on this machine's CPU would serve it."""
+    config = ModelConfig.from_hf(read_hf_config(folder))
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[manifest.dtype]
+    placement = Placement(dtype, torch.device("cpu"), threads)
+    executor = open_executor(folder, config, manifest, placement, TorchPagedAttention())
+    return MeasuredModel(executor, executor_name(executor), build_spec(config), dtype)
+
+
+@contextmanager
+def all_cores() -> Iterator[int]:
+    """Lets torch use every core of this process (Ray gives a worker one); gives their number."""
+    before = torch.get_num_threads()
+    threads = num_cores()
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_inputs(
+    chunks: Sequence[tuple[int, int]], token_ids: Tensor, num_tokens: int, every_row: bool = False
+) -> StepInputs:
+    """One step: sequence s computes positions [start, start + n) of `chunks[s]`.
+
+    `token_ids` [T] of all of them; `num_tokens` as the cache was made with. `every_row`: logits of
+    all tokens, else of each sequence's last one.
+    """
+    width = _blocks(num_tokens)
+    tables = torch.arange(len(chunks) * width, dtype=torch.int32).view(len(chunks), width)
+    positions = torch.cat([torch.arange(start, start + n) for start, n in chunks])
+    lengths = torch.tensor([n for _, n in chunks])
+    first_slots = (torch.arange(len(chunks)) * width * _BLOCK).repeat_interleave(lengths)
+    ends = list(accumulate(n for _, n in chunks))
+    rows = range(ends[-1]) if every_row else [end - 1 for end in ends]
+    return StepInputs(
+        input_ids=token_ids,
+        positions=positions,
+        slot_mapping=first_slots + positions,
+        query_start_loc=torch.tensor([0, *ends], dtype=torch.int32),
+        seq_lens=torch.tensor([start + n for start, n in chunks], dtype=torch.int32),
+        block_tables=tables,
+        logit_rows=torch.tensor(list(rows)),
+        max_query_len=max(n for _, n in chunks),
+        max_seq_len=max(start + n for start, n in chunks),
+    )
+
+
+def _blocks(num_tokens: int) -> int:
+    return -(-num_tokens // _BLOCK)

@@ -1,0 +1,80 @@
+"""How close an executor's predictions are to a reference's, on a text of our own.
+
+`prose.txt` was written for this project: plain English of several kinds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from optimizer.measuring.model import MeasuredModel, make_inputs
+
+WINDOW = 256
+MAX_TOKENS = 1024
+_TEXT = Path(__file__).with_name("prose.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    num_tokens: int
+    """Predictions that were compared."""
+    executor: str
+    kl: float
+    """Mean Kullback-Leibler divergence of the next-token distributions from the reference's."""
+    max_kl: float
+    top1: float
+    """Share of positions with the same most likely token."""
+    perplexity: float
+    reference_perplexity: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity / self.reference_perplexity
+
+
+def text_windows(tokenizer: Path, max_length: int) -> list[Tensor]:
+    """Token ids of the bundled text, in pieces of at most `WINDOW` and at least two."""
+    ids = Tokenizer.from_file(str(tokenizer)).encode(_TEXT.read_text()).ids[:MAX_TOKENS]
+    length = min(WINDOW, max_length)
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
+
+
+@torch.inference_mode()
+def compare(
+    reference: MeasuredModel, candidate: MeasuredModel, windows: Sequence[Tensor]
+) -> Quality:
+    """Each window is one sequence from its first position on."""
+    divergences: list[Tensor] = []
+    losses: list[tuple[Tensor, Tensor]] = []
+    num_agreeing = 0
+    longest = max(window.shape[0] for window in windows)
+    caches = [model.cache(longest) for model in (reference, candidate)]
+    for ids in windows:
+        inputs = make_inputs([(0, ids.shape[0])], ids, longest, every_row=True)
+        logits = reference.executor.forward(inputs, caches[0])[:-1]
+        expected = logits.log_softmax(dim=-1)
+        inputs = make_inputs([(0, ids.shape[0])], ids, longest, every_row=True)
+        actual = candidate.executor.forward(inputs, caches[1])[:-1].log_softmax(dim=-1)
+        divergences.append((expected.exp() * (expected - actual)).sum(dim=-1))
+        num_agreeing += int((expected.argmax(dim=-1) == actual.argmax(dim=-1)).sum())
+        following = ids[1:, None]
+        losses.append((expected.gather(1, following), actual.gather(1, following)))
+    kl = torch.cat(divergences).double()
+    means = [torch.cat(parts).double().mean().item() for parts in zip(*losses, strict=True)]
+    return Quality(
+        num_tokens=kl.shape[0],
+        executor=candidate.executor_name,
+        kl=kl.mean().item(),
+        max_kl=kl.max().item(),
+        top1=num_agreeing / kl.shape[0],
+        perplexity=math.exp(-means[1]),
+        reference_perplexity=math.exp(-means[0]),
+    )
