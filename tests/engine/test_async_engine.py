@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -24,7 +25,15 @@ INFO = ModelInfo(
 )
 
 
-class GatedRunner(EchoRunner):
+class SlowRunner(EchoRunner):
+    """Takes long enough that 7,000 tokens never end before a test looks."""
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        time.sleep(0.001)
+        return super().submit(plan)
+
+
+class FailingRunner(SlowRunner):
     """Fails on demand."""
 
     fail = False
@@ -84,7 +93,7 @@ def test_many_streams_at_once_give_each_its_own_text() -> None:
 
 def test_leaving_early_frees_everything() -> None:
     async def body() -> None:
-        async with running() as engine:
+        async with running(SlowRunner(LIMITS)) as engine:
             request = make_request("long", 100, max_tokens=7000)
             async with aclosing(engine.generate(request)) as outputs:
                 async for _ in outputs:
@@ -119,7 +128,8 @@ def test_outputs_of_a_step_reach_the_loop_together() -> None:
 
 def test_refusals_come_before_the_first_output() -> None:
     async def body() -> None:
-        async with running(max_waiting_tokens=200, max_num_seqs=1) as engine:
+        runner = SlowRunner(LIMITS)
+        async with running(runner, max_waiting_tokens=200, max_num_seqs=1) as engine:
             with pytest.raises(InvalidRequest):
                 await anext(engine.generate(make_request("r", 0)))
             first = engine.generate(make_request("first", 150, max_tokens=7000))
@@ -140,7 +150,7 @@ def test_refusals_come_before_the_first_output() -> None:
 
 def test_a_failing_runner_ends_every_stream_and_the_health() -> None:
     async def body() -> None:
-        runner = GatedRunner(LIMITS)
+        runner = FailingRunner(LIMITS)
         async with running(runner) as engine:
             stream = engine.generate(make_request("r", 30, max_tokens=7000))
             await anext(stream)
@@ -175,7 +185,7 @@ def test_drain_waits_for_streams_and_refuses_new_ones() -> None:
 
 def test_drain_aborts_what_outlives_the_limit() -> None:
     async def body() -> None:
-        async with running() as engine:
+        async with running(SlowRunner(LIMITS)) as engine:
             stream = engine.generate(make_request("r", 30, max_tokens=7000))
             await anext(stream)
             assert not await engine.drain(0.01)
