@@ -15,9 +15,9 @@ COMMON = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"
 COMMON += ["-ffp-contract=off", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FLAGS = {
-    "isa_avx2": ["-mavx2", "-mfma"],
-    "isa_avx512": AVX512,
-    "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 
@@ -58,8 +58,8 @@ def kernels() -> list[Extension]:
     """None where there is no instruction set to compile for: a pure wheel is right there."""
     if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
         return []
-    sources = sorted(str(path) for path in FOLDER.glob("*.cpp"))
-    headers = sorted(str(path) for path in FOLDER.glob("*.h"))
+    sources = sorted(str(path) for path in FOLDER.rglob("*.cpp"))
+    headers = sorted(str(path) for path in FOLDER.rglob("*.h"))
     return [Extension("torchweave_ray.kernels._cpu", sources, depends=headers, optional=True)]
 
 

@@ -1,4 +1,4 @@
-// What every instruction set offers: one table of functions, filled by isa_*.cpp.
+// What every instruction set offers: one table of functions, filled by isa/*.cpp.
 // A function computes one unit of work; who computes which unit never changes a result.
 #pragma once
 #include "api.h"

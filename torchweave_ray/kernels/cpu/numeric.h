@@ -1,4 +1,4 @@
-// exp and the gated activations on vectors. Include after a simd_*.h.
+// exp and the gated activations on vectors. Include after an isa/simd_*.h.
 #pragma once
 
 namespace {
