@@ -62,7 +62,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 512
     """Most tokens in one step: what is left after one a decode goes to prompts."""
     max_step_ms: float | None = None
-    """Budget of a step in predicted milliseconds; needs `step_cost`."""
+    """Budget of a step in predicted milliseconds; None: from what a lone decode costs, so that a
+    prompt makes running streams at most some four times slower. Needs `step_cost`."""
     step_cost: StepCost | None = None
     """Coefficients of the prediction; None: the artifact's, if measured on a machine like this."""
     ageing_tokens_per_step: int = 32

@@ -96,6 +96,32 @@ def test_the_millisecond_budget_bounds_prompt_chunks() -> None:
     assert chunks[0].num_tokens > 2 * chunks[-2].num_tokens, "later chunks have more context"
 
 
+def test_a_prompt_slows_running_streams_by_a_bounded_factor() -> None:
+    """Without a budget in milliseconds the cost of a lone decode is the measure."""
+    cost = StepCost(a=8.0, b=0.5, c=0.0001)
+    engine, runner = make_engine(max_num_seqs=64, max_num_batched_tokens=2048, step_cost=cost)
+
+    def predicted() -> float:
+        context = sum(
+            s.num_tokens * (s.start + s.num_tokens / 2) for s in runner.plans[-1].sequences
+        )
+        return cost.predict(runner.plans[-1].num_tokens, context)
+
+    engine.add(make_request("long", 4000))
+    engine.step()
+    assert 90 < predicted() <= 12 * 8.5, "alone it has the step to itself"
+    engine.add(make_request("short", 20, max_tokens=60))
+    while not any(s.start >= 20 and s.num_tokens == 1 for s in runner.plans[-1].sequences):
+        engine.step()
+    assert 28 < predicted() <= 4 * 8.5, "beside one stream"
+    for number in range(40):
+        engine.add(make_request(f"r{number}", 8, max_tokens=60))
+    while sum(s.num_tokens == 1 for s in runner.plans[-1].sequences) < 41:
+        engine.step()
+    alone = cost.predict(41, 41 * 20)
+    assert 2 * alone < predicted() <= 3.2 * alone, "beside many"
+
+
 def test_higher_priority_goes_first() -> None:
     engine, runner = make_engine(max_num_seqs=1, max_num_batched_tokens=64)
     engine.add(make_request("low", 10, priority=0))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from torchweave_ray.config import SchedulerConfig, StepCost
 
+DECODE_SLOWDOWN = 4.0
+"""A prompt may make a step with decodes so many times as long as a lone decode's step is."""
+DECODE_SHARE = 3.0
+"""Or, where many decodes take long by themselves, so many times as long as without the prompt."""
+PROMPT_STEPS = 12.0
+"""A step of prompts alone may last so many lone decode steps: long enough for products to run at
+full speed, short enough for a small request that arrives meanwhile."""
+
 
 class StepBudget:
     def __init__(self, config: SchedulerConfig, min_chunk: int) -> None:
         """`min_chunk`: tokens that the step's first prompt gets whatever the milliseconds say."""
-        self._cost: StepCost | None = None
-        self._ms_left = 0.0
-        if config.max_step_ms is not None and config.step_cost is not None:
-            self._cost = config.step_cost
-            self._ms_left = config.max_step_ms - config.step_cost.a
+        self._cost: StepCost | None = config.step_cost
+        self._max_ms = config.max_step_ms
+        self._ms = self._decode_ms = self._cost.a if self._cost is not None else 0.0
+        self._has_decodes = False
         self._tokens_left = config.max_num_batched_tokens
         self._min_chunk = min_chunk
 
@@ -22,11 +29,14 @@ class StepBudget:
 
     def take_decode(self, start: int) -> None:
         self._tokens_left -= 1
-        self._ms_left -= self._ms(start, 1)
+        cost = self._cost_of(start, 1)
+        self._ms += cost
+        self._decode_ms += cost
+        self._has_decodes = True
 
     def take_chunk(self, start: int, num_tokens: int) -> None:
         self._tokens_left -= num_tokens
-        self._ms_left -= self._ms(start, num_tokens)
+        self._ms += self._cost_of(start, num_tokens)
         self._min_chunk = 0
 
     def chunk(self, start: int, wanted: int) -> int:
@@ -35,19 +45,30 @@ class StepBudget:
         Decodes that use up the milliseconds must not stop prompts for ever, hence `min_chunk`.
         """
         size = min(wanted, self._tokens_left)
-        if self._cost is not None and self._ms(start, size) > self._ms_left:
+        left = self._limit_ms() - self._ms
+        if self._cost is not None and self._cost_of(start, size) > left:
             # Cost is convex in the size: the largest that fits, by bisection.
             low, high = 0, size
             while low < high:
                 middle = (low + high + 1) // 2
-                if self._ms(start, middle) <= self._ms_left:
+                if self._cost_of(start, middle) <= left:
                     low = middle
                 else:
                     high = middle - 1
             size = max(low, min(self._min_chunk, size))
         return max(size, 0)
 
-    def _ms(self, start: int, num_tokens: int) -> float:
+    def _limit_ms(self) -> float:
+        """The whole step's. A lone decode is the measure: it costs what the model and the machine
+        make it cost, so one rule fits all of them."""
+        if self._max_ms is not None or self._cost is None:
+            return self._max_ms or 0.0
+        lone_ms = self._cost.a + self._cost.b
+        if not self._has_decodes:
+            return PROMPT_STEPS * lone_ms
+        return max(DECODE_SLOWDOWN * lone_ms, DECODE_SHARE * self._decode_ms)
+
+    def _cost_of(self, start: int, num_tokens: int) -> float:
         if self._cost is None:
             return 0.0
         token_context = num_tokens * (start + num_tokens / 2)
