@@ -10,9 +10,10 @@ from typing import Any
 
 
 class FakeServer:
-    """Answers each prompt with `num_pieces` words and keeps what it was asked."""
+    """Answers each prompt with `num_pieces` words (None: as many as it is asked for) and keeps
+    what it was asked."""
 
-    def __init__(self, num_pieces: int = 4, fail: bool = False, usage: bool = True) -> None:
+    def __init__(self, num_pieces: int | None = 4, fail: bool = False, usage: bool = True) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.max_at_once = 0
         self.num_connections = 0
@@ -41,34 +42,46 @@ class FakeServer:
                 self._at_once += 1
                 self.max_at_once = max(self.max_at_once, self._at_once)
                 await asyncio.sleep(0)
-                await self._answer(path, writer)
+                if "prompt" in body:
+                    await self.think(body)
+                num_pieces = self._num_pieces or body.get("max_tokens", 1)
+                await self._answer(path, writer, num_pieces)
                 self._at_once -= 1
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
-    async def _answer(self, path: str, writer: asyncio.StreamWriter) -> None:
-        usage = {"prompt_tokens": 100, "completion_tokens": self._num_pieces, "cached_tokens": 16}
+    async def think(self, body: dict[str, Any]) -> None:
+        """Before the first piece."""
+
+    async def rest(self) -> None:
+        """Before every piece."""
+
+    async def _answer(self, path: str, writer: asyncio.StreamWriter, num_pieces: int) -> None:
+        usage = {"prompt_tokens": 100, "completion_tokens": num_pieces, "cached_tokens": 16}
         if self._fail and path != "/v1/models":
             writer.write(_whole(400, {"error": {"message": "no such field", "param": "seed"}}))
         elif path == "/v1/models":
             writer.write(_whole(200, {"data": [{"id": "tiny"}]}))
         elif path == "/v1/generate_nobatch":
-            writer.write(_whole(200, {"text": " word" * self._num_pieces, "usage": usage}))
+            writer.write(_whole(200, {"text": " word" * num_pieces, "usage": usage}))
         else:
-            await self._stream(path, writer, usage)
+            await self._stream(path, writer, usage, num_pieces)
         await writer.drain()
 
-    async def _stream(self, path: str, writer: asyncio.StreamWriter, usage: dict[str, Any]) -> None:
+    async def _stream(
+        self, path: str, writer: asyncio.StreamWriter, usage: dict[str, Any], num_pieces: int
+    ) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for event in self._events(path, usage if self._usage else None):
+        for event in self._events(path, usage if self._usage else None, num_pieces):
+            await self.rest()
             writer.write(b"%x\r\n%s\r\n" % (len(event), event))
             await writer.drain()
         writer.write(b"0\r\n\r\n")
 
-    def _events(self, path: str, usage: dict[str, Any] | None) -> list[bytes]:
+    def _events(self, path: str, usage: dict[str, Any] | None, num_pieces: int) -> list[bytes]:
         if path == "/v1/generate":
             done = json.dumps({"finish_reason": "length", "usage": usage})
-            pieces = [b"data:  word\n\n"] * self._num_pieces
+            pieces = [b"data:  word\n\n"] * num_pieces
             return [
                 b"event: ttft\ndata: 0.1\n\n",
                 *pieces,
@@ -79,7 +92,7 @@ class FakeServer:
             piece = {"choices": [{"index": 0, "delta": {"content": " word"}}], "usage": None}
         else:
             first, piece = [], {"choices": [{"index": 0, "text": " word"}]}
-        chunks = [*first, *[piece] * self._num_pieces, {"choices": [], "usage": usage}]
+        chunks = [*first, *[piece] * num_pieces, {"choices": [], "usage": usage}]
         return [*(f"data: {json.dumps(c)}\n\n".encode() for c in chunks), b"data: [DONE]\n\n"]
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from torchweave_ray.bench.origin import describe_machine, memory_bytes, save_results
 from torchweave_ray.bench.points import RequestRecord, quantile, summarize
-from torchweave_ray.bench.process_cpu import ProcessTree
+from torchweave_ray.bench.process_tree import ProcessTree
 from torchweave_ray.bench.tables import failures, points_table
 
 

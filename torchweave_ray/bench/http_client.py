@@ -165,6 +165,11 @@ class Connection:
             self.close()
         return Exchange(parser.status, sent_at, tuple(parser.chunks), ended_at)
 
+    @property
+    def num_chunks(self) -> int:
+        """Pieces of the answer under way that have arrived."""
+        return len(self._receiver.parser.chunks)
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()

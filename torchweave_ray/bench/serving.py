@@ -26,7 +26,7 @@ from torchweave_ray.bench.dialects import (
 )
 from torchweave_ray.bench.http_client import Connection, Exchange, HTTPFailure
 from torchweave_ray.bench.points import Point, RequestRecord, summarize
-from torchweave_ray.bench.process_cpu import ProcessTree
+from torchweave_ray.bench.process_tree import ProcessTree
 from torchweave_ray.bench.prompts import PromptSource
 from torchweave_ray.errors import TorchWeaveError
 
@@ -144,7 +144,7 @@ async def _run_point(
         warmed = await _closed_loop(
             target, connections, [prompts.next_prompt() for _ in range(warmup)], short, config
         )
-        _refuse_if_all_failed(target, [_read(target.dialect, outcome) for outcome in warmed])
+        _refuse_if_all_failed(target, [read(target, outcome) for outcome in warmed])
         work = [prompts.next_prompt() for _ in range(num_requests)]
         server_cpu = tree.cpu_seconds() if tree else 0.0
         client_cpu = time.process_time()
@@ -156,49 +156,39 @@ async def _run_point(
     finally:
         for connection in connections:
             connection.close()
-    records = [_read(target.dialect, outcome) for outcome in outcomes]
+    records = [read(target, outcome) for outcome in outcomes]
     return summarize(
         target.name, concurrency, records, wall_s, client_cpu, server_cpu if tree else None
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class Failure:
+    """A request without an answer."""
+
     sent_at: float
     ended_at: float
     reason: str
 
 
-async def _closed_loop(
-    target: Target,
-    connections: list[Connection],
-    prompts: list[Prompt],
-    output_len: int,
-    config: ServingConfig,
-) -> list[Exchange | _Failure]:
-    dialect = target.dialect
-    bodies = iter([json.dumps(dialect.body(p, output_len)).encode() for p in prompts])
-    outcomes: list[Exchange | _Failure] = []
-
-    async def client(connection: Connection, work: Iterator[bytes]) -> None:
-        for body in work:
-            sent_at = time.perf_counter()
-            try:
-                async with asyncio.timeout(config.timeout_s):
-                    outcomes.append(await connection.request("POST", dialect.path, body))
-            except (HTTPFailure, TimeoutError) as error:
-                reason = str(error) or f"no answer in {config.timeout_s:g} s"
-                outcomes.append(_Failure(sent_at, time.perf_counter(), reason))
-
-    await asyncio.gather(*(client(connection, bodies) for connection in connections))
-    return outcomes
+async def send(
+    target: Target, connection: Connection, body: bytes, timeout_s: float
+) -> Exchange | Failure:
+    """One request, timed; `read` it when the clock has stopped."""
+    sent_at = time.perf_counter()
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await connection.request("POST", target.dialect.path, body)
+    except (HTTPFailure, TimeoutError) as error:
+        reason = str(error) or f"no answer in {timeout_s:g} s"
+        return Failure(sent_at, time.perf_counter(), reason)
 
 
-def _read(dialect: Dialect, outcome: Exchange | _Failure) -> RequestRecord:
-    if isinstance(outcome, _Failure):
+def read(target: Target, outcome: Exchange | Failure) -> RequestRecord:
+    if isinstance(outcome, Failure):
         return RequestRecord(outcome.sent_at, outcome.ended_at, error=outcome.reason)
     try:
-        answer = dialect.read(outcome)
+        answer = target.dialect.read(outcome)
     except BadAnswer as error:
         return RequestRecord(outcome.sent_at, outcome.ended_at, error=str(error))
     return RequestRecord(
@@ -209,6 +199,24 @@ def _read(dialect: Dialect, outcome: Exchange | _Failure) -> RequestRecord:
         answer.output_tokens,
         answer.cached_tokens,
     )
+
+
+async def _closed_loop(
+    target: Target,
+    connections: list[Connection],
+    prompts: list[Prompt],
+    output_len: int,
+    config: ServingConfig,
+) -> list[Exchange | Failure]:
+    bodies = iter([json.dumps(target.dialect.body(p, output_len)).encode() for p in prompts])
+    outcomes: list[Exchange | Failure] = []
+
+    async def client(connection: Connection, work: Iterator[bytes]) -> None:
+        for body in work:
+            outcomes.append(await send(target, connection, body, config.timeout_s))
+
+    await asyncio.gather(*(client(connection, bodies) for connection in connections))
+    return outcomes
 
 
 def _refuse_if_all_failed(target: Target, warmed: list[RequestRecord]) -> None:

@@ -6,6 +6,8 @@ import typer
 
 from torchweave_ray.cli.bench import serving, throughput
 from torchweave_ray.cli.bench_kernels import kernels
+from torchweave_ray.cli.bench_scenarios import interference, prefix
+from torchweave_ray.cli.bench_startup import startup
 from torchweave_ray.cli.doctor import doctor
 from torchweave_ray.cli.generate import generate
 from torchweave_ray.cli.optimize import optimize
@@ -27,6 +29,9 @@ def build_app() -> typer.Typer:
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(serving)
     bench.command()(throughput)
+    bench.command()(prefix)
+    bench.command()(interference)
+    bench.command()(startup)
     bench.command()(kernels)
     app.add_typer(bench, name="bench")
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,16 +40,25 @@ def artifact_of(model: str | None) -> Path:
 
 def read_engine_config(path: Path | None) -> EngineConfig:
     """Raises ConfigError for what cannot be read, and for unknown keys."""
+    from torchweave_ray.config import EngineConfig
+
+    return EngineConfig.from_dict(read_engine_options(path))
+
+
+def read_engine_options(path: Path | None) -> dict[str, Any]:
+    """The file as it is. Raises ConfigError for what cannot be read."""
     import yaml
 
-    from torchweave_ray.config import EngineConfig
     from torchweave_ray.errors import ConfigError
 
     if path is None:
-        return EngineConfig()
+        return {}
     try:
-        return EngineConfig.from_dict(yaml.safe_load(path.read_text()) or {})
+        values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping")
+    return values

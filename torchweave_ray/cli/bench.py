@@ -6,6 +6,7 @@ import dataclasses
 import json
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ def serving(
     cpu_of: CpuOf = None,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
     seed: Seed = None,
-    save: Save = False,
+    save_it: Save = False,
     results: Results = RESULTS,
 ) -> None:
     """Measure a running server with c clients, each sending its next request when answered.
@@ -73,6 +74,7 @@ def serving(
     One JSON line a point on stdout, then a table. Tokens are counted from the server's usage.
     """
     from torchweave_ray.bench.serving import ServingConfig, run_in_loop
+    from torchweave_ray.bench.tables import unbatched_gain
 
     config = ServingConfig(
         concurrency=positive_numbers(concurrency, "--concurrency"),
@@ -80,7 +82,7 @@ def serving(
         input_len=_positive("input-len", input_len),
         output_len=_positive("output-len", output_len),
         warmup=warmup,
-        seed=_seed(seed),
+        seed=new_seed(seed),
         timeout_s=timeout,
         tokenizer=tokenizer,
         cpu_of=tuple(cpu_of or ()),
@@ -89,10 +91,11 @@ def serving(
         targets, points = run_in_loop(_serving(config, url, endpoint, name, sse, nobatch))
     except ProcessLookupError as error:
         raise typer.BadParameter(str(error), param_hint="--cpu-of") from error
-    _report(points)
-    if save:
+    print_table(points, list(unbatched_gain(points)))
+    if save_it:
         addresses = {t.name: f"{t.url} {t.dialect.path}" for t in targets}
-        _save(results, "serving", {**_set_values(config), "targets": addresses}, points)
+        values = {**_set_values(config), "targets": addresses}
+        save(results, "serving", values, [p.to_dict() for p in points])
     if any(point.failed for point in points):
         raise typer.Exit(1)
 
@@ -108,7 +111,7 @@ async def _serving(
     from torchweave_ray.bench.serving import run_benchmark
 
     targets = await _targets(url, endpoint, model, sse, nobatch)
-    return targets, await run_benchmark(targets, config, _print_line)
+    return targets, await run_benchmark(targets, config, print_line)
 
 
 async def _targets(
@@ -134,7 +137,7 @@ def throughput(
     input_len: InputLen = 100,
     output_len: OutputLen = 128,
     seed: Seed = None,
-    save: Save = False,
+    save_it: Save = False,
     results: Results = RESULTS,
 ) -> None:
     """Measure the engine in this process: no HTTP, no Ray.
@@ -148,16 +151,16 @@ def throughput(
         requests=requests,
         input_len=_positive("input-len", input_len),
         output_len=_positive("output-len", output_len),
-        seed=_seed(seed),
+        seed=new_seed(seed),
     )
     engine_config = read_engine_config(engine)
-    loaded, points = run_throughput(artifact_of(model), engine_config, config, _print_line)
-    _report(points)
-    if save:
+    loaded, points = run_throughput(artifact_of(model), engine_config, config, print_line)
+    print_table(points)
+    if save_it:
         info = loaded.info
         about = {"model": info.id, "executor": info.executor, "dtype": info.dtype}
         values = {**_set_values(config), **about, "engine": dataclasses.asdict(engine_config)}
-        _save(results, "throughput", values, points)
+        save(results, "throughput", values, [p.to_dict() for p in points])
 
 
 def positive_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -170,7 +173,7 @@ def positive_numbers(text: str, option: str) -> tuple[int, ...]:
     return values
 
 
-def _seed(seed: int | None) -> int:
+def new_seed(seed: int | None) -> int:
     return secrets.randbelow(2**31) if seed is None else seed
 
 
@@ -180,7 +183,7 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _print_line(point: Point) -> None:
+def print_line(point: Point) -> None:
     print(json.dumps(point.to_dict()), flush=True)
 
 
@@ -188,20 +191,20 @@ def _set_values(config: ServingConfig | ThroughputConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
 
 
-def _save(folder: Path, kind: str, config: dict[str, Any], points: list[Point]) -> None:
+def save(folder: Path, kind: str, config: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     from torchweave_ray.bench.origin import save_results
 
-    path = save_results(folder, kind, config, [p.to_dict() for p in points])
+    path = save_results(folder, kind, config, lines)
     print(f"saved {path}", file=sys.stderr)
 
 
-def _report(points: list[Point]) -> None:
-    """The table, on stderr so that stdout stays JSON lines."""
+def print_table(points: list[Point], footer: Sequence[str] = ()) -> None:
+    """On stderr, so that stdout stays JSON lines."""
     from rich.console import Console
 
-    from torchweave_ray.bench.tables import failures, points_table, unbatched_gain
+    from torchweave_ray.bench.tables import failures, points_table
 
     console = Console(stderr=True)
     console.print(points_table(points))
-    for line in (*unbatched_gain(points), *failures(points)):
+    for line in (*footer, *failures(points)):
         console.print(line, markup=False)

@@ -1,4 +1,4 @@
-"""CPU seconds of a process and all that it started, from /proc. Knows nothing of Ray.
+"""CPU and memory of a process and all that it started, from /proc. Knows nothing of Ray.
 
 Ended children count through their parent's cutime, so a worker that dies in between is not lost.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_PROC = Path("/proc")
+
 
 class ProcessTree:
     """The tree below some process ids, walked anew at every reading."""
 
-    def __init__(self, pids: list[int], proc: Path = Path("/proc")) -> None:
+    def __init__(self, pids: list[int], proc: Path = _PROC) -> None:
         self._pids = pids
         self._proc = proc
         self._ticks_per_second = os.sysconf("SC_CLK_TCK")
@@ -20,6 +22,21 @@ class ProcessTree:
     def cpu_seconds(self) -> float:
         """User and system time of the tree. Raises ProcessLookupError if a root is gone."""
         stats = self._read_all()
+        return sum(stats[pid][1] for pid in self._walk(stats)) / self._ticks_per_second
+
+    def named(self, *words: str) -> list[int]:
+        """Process ids of the tree whose command line has all the words. Raises as above."""
+        found = []
+        for pid in sorted(self._walk(self._read_all())):
+            try:
+                command = (self._proc / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:  # it ended while we looked
+                continue
+            if all(word in command for word in words):
+                found.append(pid)
+        return found
+
+    def _walk(self, stats: dict[int, tuple[int, int]]) -> set[int]:
         for pid in self._pids:
             if pid not in stats:
                 raise ProcessLookupError(f"there is no process {pid}")
@@ -32,7 +49,7 @@ class ProcessTree:
             if pid not in seen:
                 seen.add(pid)
                 pending += children.get(pid, ())
-        return sum(stats[pid][1] for pid in seen) / self._ticks_per_second
+        return seen
 
     def _read_all(self) -> dict[int, tuple[int, int]]:
         """By pid: (parent, ticks of itself and its ended children)."""
@@ -48,3 +65,12 @@ class ProcessTree:
             fields = text[text.rindex(")") + 2 :].split()
             found[int(path.name)] = (int(fields[1]), sum(map(int, fields[11:15])))
         return found
+
+
+def unique_bytes(pid: int, proc: Path = _PROC) -> int:
+    """Memory that only this process maps (USS): what would be free if it ended."""
+    total = 0
+    for line in (proc / str(pid) / "smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_"):
+            total += int(line.split()[1])
+    return total * 1024

@@ -1,0 +1,127 @@
+"""How long a start takes and what a replica weighs, on an artifact that is staged.
+
+Starts real processes: the engine alone, and `torchweave serve` with the model, with an empty
+application and with two replicas. Nothing is dropped from the page cache before.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchweave_ray.bench.process_tree import ProcessTree, unique_bytes
+from torchweave_ray.bench.server_process import started_server
+from torchweave_ray.bench.serving import (
+    BenchmarkError,
+    ServingConfig,
+    openai_target,
+    run_benchmark,
+    run_in_loop,
+)
+
+PROFILES: Mapping[str, tuple[str, ...]] = {"default": ("--no-haproxy",), "haproxy": ()}
+"""Options of `torchweave serve`: Ray Serve's own proxy, and HAProxy."""
+APPS = ("empty", "model")
+KV_MEMORY = 32 << 20
+"""Of a replica that is weighed: its memory beyond the KV cache is between USS - this and USS."""
+NUM_REPLICAS = 2
+
+Line = dict[str, Any]
+
+
+def first_token(artifact: Path, options: Mapping[str, Any], run: int) -> Line:
+    """Seconds from the start of a process to the first token of a 100-token prompt, by parts.
+
+    `options`: as of `LLM`. Raises BenchmarkError with what the process said.
+    """
+    command = [sys.executable, "-m", "torchweave_ray.bench.first_token", str(artifact)]
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [*command, json.dumps(dict(options))], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        answer = process.stdout.readline()
+        total = time.perf_counter() - started
+        said = process.communicate()[1].decode(errors="replace")
+    if process.returncode or not answer:
+        raise BenchmarkError(f"no first token: {said[-2000:]}")
+    parts = json.loads(answer)
+    parts = {"interpreter": total - sum(parts.values()), **parts}
+    return {"measure": "first_token", "run": run, "seconds": round(total, 3), "parts": _all(parts)}
+
+
+def ready(model: str, profile: str, app: str, run: int) -> Line:
+    """Seconds from the start of `torchweave serve` to its first 200 of /readyz."""
+    with tempfile.TemporaryDirectory() as folder:
+        empty = _written(Path(folder), _application("deployments.empty_app:app", {}))
+        chosen = serve_options(model) if app == "model" else (str(empty),)
+        with started_server((*chosen, "--no-dashboard", *PROFILES[profile])) as server:
+            line = {"measure": "ready", "profile": profile, "app": app, "run": run}
+            return {**line, "seconds": round(server.ready_s, 3)}
+
+
+def replica_memory(model: str) -> Line:
+    """Unique memory (USS) of two replicas on this node after a little work."""
+    key = serve_options(model)[0].removeprefix("--")
+    replicas = {
+        key: model,
+        "id": "weighed",
+        "num_replicas": NUM_REPLICAS,
+        "engine": {"cache": {"kv_memory": KV_MEMORY}},
+    }
+    application = _application("deployments.app:build", {"models": [replicas]})
+    with tempfile.TemporaryDirectory() as folder:
+        file = _written(Path(folder), application)
+        with started_server((str(file), "--no-dashboard")) as server:
+            run_in_loop(_little_work(server.url))
+            pids = ProcessTree([server.pid]).named("ServeReplica", "ModelReplica")
+            weights = [unique_bytes(pid) for pid in pids]
+    if len(weights) != NUM_REPLICAS:
+        raise BenchmarkError(f"{len(weights)} replicas found, {NUM_REPLICAS} were asked for")
+    mib = [round(num_bytes / 2**20, 1) for num_bytes in weights]
+    return {"measure": "memory", "uss_mib": mib, "kv_memory_mib": KV_MEMORY / 2**20}
+
+
+def serve_options(model: str) -> tuple[str, ...]:
+    """How `torchweave serve` is told of a model: a staged artifact's folder, or a recipe."""
+    is_artifact = (Path(model) / "manifest.json").is_file()
+    return ("--artifact" if is_artifact else "--recipe", model)
+
+
+def medians(lines: Sequence[Line]) -> dict[str, float]:
+    """Seconds by what was measured, over its runs."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        if "seconds" in line:
+            name = " ".join(line[k] for k in ("measure", "profile", "app") if k in line)
+            found.setdefault(name, []).append(line["seconds"])
+    return {name: sorted(values)[len(values) // 2] for name, values in found.items()}
+
+
+async def _little_work(url: str) -> None:
+    target = await openai_target(url, "completions", None)
+    config = ServingConfig(concurrency=(4,), requests=16, output_len=16, seed=time.time_ns())
+    await run_benchmark([target], config, lambda point: None)
+
+
+def _application(import_path: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    application = {"name": "measured", "route_prefix": "/", "import_path": import_path}
+    return {"applications": [{**application, **({"args": args} if args else {})}]}
+
+
+def _written(folder: Path, values: dict[str, Any]) -> Path:
+    file = folder / "serve_config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def _all(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in parts.items()}

@@ -1,0 +1,109 @@
+"""`torchweave bench prefix|interference`: options, and the report as JSON lines and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torchweave_ray.cli.bench import (
+    DEFAULT_URL,
+    RESULTS,
+    InputLen,
+    Results,
+    Save,
+    Seed,
+    TokenizerFile,
+    new_seed,
+    print_line,
+    print_table,
+    save,
+)
+
+if TYPE_CHECKING:
+    from torchweave_ray.bench.scenarios import InterferenceConfig, Outcome, PrefixConfig
+
+Url = Annotated[str, typer.Option(help="An OpenAI-compatible server.")]
+Name = Annotated[str | None, typer.Option("--model", help="Default: its first.")]
+Rounds = Annotated[int, typer.Option(help="Times to measure; the median counts.", min=1)]
+
+
+def prefix(
+    url: Url = DEFAULT_URL,
+    name: Name = None,
+    prefix_len: Annotated[int, typer.Option(help="Words that two requests share.", min=1)] = 1000,
+    input_len: InputLen = 64,
+    rounds: Rounds = 5,
+    tokenizer: TokenizerFile = None,
+    seed: Seed = None,
+    save_it: Save = False,
+    results: Results = RESULTS,
+) -> None:
+    """Measure what the prefix cache saves: TTFT of a shared prefix, computed and remembered."""
+    from torchweave_ray.bench.scenarios import PrefixConfig
+    from torchweave_ray.bench.serving import run_in_loop
+
+    config = PrefixConfig(
+        prefix_len, input_len, rounds=rounds, seed=new_seed(seed), tokenizer=tokenizer
+    )
+    outcome = run_in_loop(_measure(url, name, config))
+    _report(outcome)
+    if save_it:
+        lines = [*(p.to_dict() for p in outcome.points), outcome.ratios]
+        save(results, "prefix", {**dataclasses.asdict(config), "url": url}, lines)
+
+
+def interference(
+    url: Url = DEFAULT_URL,
+    name: Name = None,
+    long_len: Annotated[int, typer.Option(help="Words of the long prompt.", min=1)] = 4000,
+    input_len: InputLen = 100,
+    streams: Annotated[int, typer.Option(help="Requests that run meanwhile.", min=1)] = 4,
+    rounds: Rounds = 3,
+    tokenizer: TokenizerFile = None,
+    seed: Seed = None,
+    save_it: Save = False,
+    results: Results = RESULTS,
+) -> None:
+    """Measure what a long prompt costs a short request that comes meanwhile, and the streams.
+
+    Both beside an idle server's: one client, the same prompt length.
+    """
+    from torchweave_ray.bench.scenarios import InterferenceConfig
+    from torchweave_ray.bench.serving import run_in_loop
+
+    config = InterferenceConfig(
+        long_len,
+        input_len,
+        streams=streams,
+        rounds=rounds,
+        seed=new_seed(seed),
+        tokenizer=tokenizer,
+    )
+    outcome = run_in_loop(_measure(url, name, config))
+    _report(outcome)
+    if save_it:
+        lines = [*(p.to_dict() for p in outcome.points), outcome.ratios]
+        save(results, "interference", {**dataclasses.asdict(config), "url": url}, lines)
+
+
+async def _measure(
+    url: str, model: str | None, config: PrefixConfig | InterferenceConfig
+) -> Outcome:
+    from torchweave_ray.bench.scenarios import PrefixConfig, measure_interference, measure_prefix
+    from torchweave_ray.bench.serving import openai_target
+
+    target = await openai_target(url, "completions", model)
+    if isinstance(config, PrefixConfig):
+        return await measure_prefix(target, config)
+    return await measure_interference(target, config)
+
+
+def _report(outcome: Outcome) -> None:
+    for point in outcome.points:
+        print_line(point)
+    print(json.dumps({name: round(ratio, 4) for name, ratio in outcome.ratios.items()}))
+    footer = [f"{name}: {ratio:.3f}" for name, ratio in outcome.ratios.items()]
+    print_table(list(outcome.points), footer)
