@@ -25,6 +25,7 @@ from deployments.calls import (
     Finished,
     StreamItem,
 )
+from deployments.cpu_policy import compute_at_once
 from deployments.log import log_through_serve
 from deployments.placement import Placement, threads_of
 from optimizer.task import ensure_staged
@@ -63,6 +64,7 @@ class ModelReplica:
     # Serve awaits it, inside the loop that the engine and the bus then live on.
     async def __init__(self, config: ReplicaConfig) -> None:  # type: ignore[misc]
         log_through_serve()
+        compute_at_once()
         cores = len(os.sched_getaffinity(0))
         engine_config = config.engine_config(cores)
         # Ray says 1 here for a replica of one CPU, and OpenMP takes it for every new thread, the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,10 @@ class Server:
                 continue
 
 
+def _policies(pid: int) -> set[int]:
+    return {os.sched_getscheduler(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_artifact(tmp_path_factory.mktemp("artifact") / "tiny")
@@ -63,6 +68,9 @@ def test_haproxy_profile_and_drain(tmp_path: Path, artifact: Path) -> None:
         assert "[Config] MAX_BATCH: the default" in log
         (ingress,) = cluster.replica_pids("Ingress")
         assert b"RAY_SERVE_ENABLE_HA_PROXY=1" in Path(f"/proc/{ingress}/environ").read_bytes()
+        (replica,) = cluster.replica_pids("ModelReplica")
+        assert _policies(ingress) == {os.SCHED_BATCH}, "it must not interrupt a product"
+        assert os.SCHED_OTHER in _policies(replica), "the model's threads wait for nobody"
         expected = server.client.text(PROMPT, max_tokens=400, ignore_eos=True)
         stream = server.client.stream(PROMPT, max_tokens=400, ignore_eos=True)
         pieces = stream.pieces()

@@ -61,8 +61,10 @@ def serve(
             os.environ.pop(name, None)
     try:
         # Only now: Ray Serve reads the environment when it is imported.
+        from deployments.cpu_policy import let_models_finish
         from deployments.launch import Launch, load_config
 
+        let_models_finish()
         plan = load_config(config, recipe, artifact, host, port)
         Launch(plan, dashboard, typer.echo).run(stop.event, stop.install)
     finally:
