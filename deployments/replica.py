@@ -179,8 +179,9 @@ class ModelReplica:
         info, threads = self._info, engine.runner.threads or cores
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._startup_s.items())
         logger.info(
-            "[Start] %s: artifact %s, %s executor on %s, %s, %d threads; seconds: %s",
-            *(info.id, info.artifact_id, info.executor, info.device, info.dtype, threads, stages),
+            "[Start] %s: artifact %s, %s executor on %s, %s, KV cache %s, %d threads; seconds: %s",
+            *(info.id, info.artifact_id, info.executor, info.device, info.dtype, info.kv_dtype),
+            *(threads, stages),
         )
         together = threads * config.placement.replicas_per_device
         if info.device == "cpu" and together > cores:

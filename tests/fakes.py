@@ -33,6 +33,7 @@ MODEL = ModelInfo(
     max_model_len=512,
     max_num_seqs=8,
     block_size=16,
+    kv_dtype="float32",
 )
 
 

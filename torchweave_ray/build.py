@@ -36,6 +36,7 @@ from torchweave_ray.runner.device import (
     numerics_path,
     resolve_device,
     resolve_dtype,
+    resolve_kv_dtype,
     set_num_threads,
 )
 from torchweave_ray.runner.kv_cache import KVCache, KVShape, size_kv_cache
@@ -79,26 +80,22 @@ def load_model(
         spec = build_spec(model)
     device = resolve_device(config.runner.device)
     dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
+    kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, dtype)
     threads = set_num_threads(config.runner.threads)
     with stages.timed("weights"):
-        executor = open_executor(
-            artifact_dir,
-            model,
-            manifest,
-            Placement(dtype, device, threads, config.runner.executor),
-            TorchPagedAttention(),
-        )
+        placement = Placement(dtype, device, threads, config.runner.executor)
+        executor = open_executor(artifact_dir, model, manifest, placement, TorchPagedAttention())
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.
             set_num_threads(1)
     with stages.timed("kv_cache"):
-        runner = _build_runner(executor, spec, model, config, dtype, device)
+        runner = _build_runner(executor, spec, model, config, kv_dtype, device)
     with stages.timed("first_step"):
         _run_first_step(runner)
     info = ModelInfo(
         id=model_id or artifact_dir.absolute().name,
         artifact_id=manifest.artifact_id,
-        numerics_id=_numerics_id(manifest, executor, dtype, device),
+        numerics_id=_numerics_id(manifest, executor, dtype, kv_dtype, device),
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
@@ -108,6 +105,7 @@ def load_model(
         max_model_len=runner.limits.max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         block_size=runner.limits.block_size,
+        kv_dtype=_dtype_name(kv_dtype),
     )
     found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
     cost = _tuned_cost(artifact_dir, found, config.scheduler)
@@ -152,19 +150,19 @@ def _build_runner(
     spec: DecoderSpec,
     model: ModelConfig,
     config: EngineConfig,
-    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     device: torch.device,
 ) -> ModelRunner:
     block_size = config.cache.block_size
     size = size_kv_cache(
         config.cache,
-        block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, dtype),
+        block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype),
         free_memory(device),
         config.scheduler.max_num_seqs,
         config.max_model_len,
         model.max_position_embeddings,
     )
-    shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, dtype)
+    shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, kv_dtype)
     limits = RuntimeLimits(
         size.num_blocks, block_size, size.max_model_len, spec.vocab_size, model.eos_token_ids
     )
@@ -200,10 +198,14 @@ def _check_eos(model: ModelConfig) -> None:
 
 
 def _numerics_id(
-    manifest: Manifest, executor: Executor, dtype: torch.dtype, device: torch.device
+    manifest: Manifest,
+    executor: Executor,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device,
 ) -> str:
     path = executor.isa if isinstance(executor, NativeExecutor) else numerics_path(device)
-    parts = [manifest.artifact_id, executor.name, path, _dtype_name(dtype)]
+    parts = [manifest.artifact_id, executor.name, path, *map(_dtype_name, (dtype, kv_dtype))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

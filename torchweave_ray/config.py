@@ -90,6 +90,8 @@ class RunnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the artifact's."""
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    """auto: what the model computes in; int8: codes with a scale for each head and position."""
     executor: Literal["auto", "torch", "native"] = "auto"
     """native: our own CPU kernels, bfloat16 on x86; auto: native where it can run, else torch."""
     threads: int | None = None

@@ -187,6 +187,8 @@ class ModelInfo:
     max_model_len: int
     max_num_seqs: int
     block_size: int
+    kv_dtype: str
+    """What the KV cache holds: int8, or `dtype`."""
 
 
 @dataclass(frozen=True, slots=True)

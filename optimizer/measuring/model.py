@@ -32,13 +32,18 @@ class MeasuredModel:
     executor_name: str
     spec: DecoderSpec
     dtype: torch.dtype
+    kv_dtype: torch.dtype | None = None
+    """None: `dtype`."""
 
     def cache(self, num_tokens: int, num_seqs: int = 1) -> list[LayerKV]:
         """Room for so many tokens a sequence."""
         spec = self.spec
         shape = (num_seqs * _blocks(num_tokens), spec.num_kv_heads, _BLOCK, spec.head_dim)
+        parts = [(shape, self.kv_dtype or self.dtype)] * 2
+        if self.kv_dtype == torch.int8:
+            parts += [(shape[:-1], torch.float32)] * 2
         return [
-            LayerKV(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+            LayerKV(*(torch.zeros(dims, dtype=dtype) for dims, dtype in parts))
             for _ in range(spec.num_layers)
         ]
 

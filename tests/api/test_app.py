@@ -70,6 +70,7 @@ def test_model(api: Api) -> None:
         "eos_token_ids": [2],
         "device": "cpu",
         "dtype": "float32",
+        "kv_dtype": "float32",
         "max_batch_size": 8,
         "context_length": 512,
         "block_size": 16,

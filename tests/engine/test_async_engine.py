@@ -21,7 +21,8 @@ from torchweave_ray.outputs import ModelInfo, RequestOutput
 
 LIMITS = RuntimeLimits(512, 16, 8000, VOCAB, (EOS,))
 INFO = ModelInfo(
-    "echo", "artifact", "numerics", "Echo", VOCAB, (EOS,), "cpu", "none", "echo", 8000, 32, 16
+    *("echo", "artifact", "numerics", "Echo", VOCAB, (EOS,)),
+    *("cpu", "none", "echo", 8000, 32, 16, "none"),
 )
 
 

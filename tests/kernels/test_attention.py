@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs, quantize_kv
 from torchweave_ray.kernels import twin
 from torchweave_ray.kernels.ops import NativeOps
 from torchweave_ray.kernels.program import RopeTable
 
 BF16 = torch.bfloat16
+KV_DTYPES = [BF16, torch.int8]
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -40,31 +41,47 @@ def _shape(
     return AttentionShape(heads, kv_heads, dim, dim**-0.5, window, cap or None)
 
 
-def _case(lens: Sequence[tuple[int, int]], shape: AttentionShape, block_size: int) -> Case:
+def _blank_kv(dims: tuple[int, ...], dtype: torch.dtype) -> LayerKV:
+    if dtype == BF16:
+        return LayerKV(*(torch.full(dims, torch.nan, dtype=BF16) for _ in range(2)))
+    codes = [torch.full(dims, 77, dtype=torch.int8) for _ in range(2)]
+    return LayerKV(*codes, *(torch.full(dims[:3], torch.nan) for _ in range(2)))
+
+
+def _case(
+    lens: Sequence[tuple[int, int]],
+    shape: AttentionShape,
+    block_size: int,
+    dtype: torch.dtype = BF16,
+) -> Case:
     sizes = [-(-seq_len // block_size) for _, seq_len in lens]
     blocks = list(range(sum(sizes) + 2))
     random.Random(0).shuffle(blocks)
     dims = (len(blocks), shape.num_kv_heads, block_size, shape.head_dim)
-    kv = LayerKV(torch.full(dims, torch.nan, dtype=BF16), torch.full(dims, torch.nan, dtype=BF16))
+    kv = _blank_kv(dims, dtype)
+    caches = ((kv.keys, kv.key_scales), (kv.values, kv.value_scales))
     tables = torch.zeros(len(lens), max(sizes, default=0), dtype=torch.int32)
-    positions, slots, starts = [], [], [0]
+    positions, new_slots, starts = [], [], [0]
     for s, (query_len, seq_len) in enumerate(lens):
         mine = [blocks.pop() for _ in range(sizes[s])]
         tables[s, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
-        for i, cache in enumerate((kv.keys, kv.values)):
-            values = _randn(seq_len, shape.num_kv_heads, shape.head_dim, seed=7 * s + i)
-            for position in range(seq_len):
-                block = mine[position // block_size]
-                cache[block, :, position % block_size] = values[position].to(BF16)
-        at = range(seq_len - query_len, seq_len)
-        positions += at
-        slots += [mine[p // block_size] * block_size + p % block_size for p in at]
+        at = torch.arange(seq_len)
+        slots = (torch.tensor(mine)[at // block_size], slice(None), at % block_size)
+        for i, (cache, scales) in enumerate(caches):
+            new = _randn(seq_len, shape.num_kv_heads, shape.head_dim, seed=7 * s + i)
+            if scales is None:
+                cache[slots] = new.to(BF16)
+            else:
+                cache[slots], scales[slots] = quantize_kv(new)
+        news = range(seq_len - query_len, seq_len)
+        positions += news
+        new_slots += [mine[p // block_size] * block_size + p % block_size for p in news]
         starts.append(starts[-1] + query_len)
     nothing = torch.zeros(starts[-1], dtype=torch.int64)
     inputs = StepInputs(
         input_ids=nothing,
         positions=torch.tensor(positions, dtype=torch.int64),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        slot_mapping=torch.tensor(new_slots, dtype=torch.int64),
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
         seq_lens=torch.tensor([seq_len for _, seq_len in lens], dtype=torch.int32),
         block_tables=tables,
@@ -93,33 +110,38 @@ MIXED = [(1, 1), (1, 17), (5, 5), (1, 300), (40, 40), (33, 290), (3, 700), (100,
     ],
     ids=str,
 )
-def test_attention_equals_the_twin(ops: NativeOps, shape: AttentionShape, block_size: int) -> None:
-    case = _case(MIXED, shape, block_size)
+@pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
+def test_attention_equals_the_twin(
+    ops: NativeOps, shape: AttentionShape, block_size: int, dtype: torch.dtype
+) -> None:
+    case = _case(MIXED, shape, block_size, dtype)
     expected = twin.attend(case.queries, case.kv, case.inputs, shape)
     actual = ops.attend(case.queries, case.kv, case.inputs, shape)
     torch.testing.assert_close(actual, expected, rtol=1.6e-2, atol=2e-3)
 
 
-def test_an_empty_batch_gives_nothing(ops: NativeOps) -> None:
-    case = _case([], _shape(), 16)
+@pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
+def test_an_empty_batch_gives_nothing(ops: NativeOps, dtype: torch.dtype) -> None:
+    case = _case([], _shape(), 16, dtype)
     assert ops.attend(case.queries, case.kv, case.inputs, _shape()).shape == (0, 128)
 
 
+@pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("num_rows", [1, 2, 21, 22, 64, 200])
 def test_a_querys_bits_depend_on_its_context_only(
-    ops: NativeOps, one_thread: NativeOps, num_rows: int, window: int | None
+    ops: NativeOps, one_thread: NativeOps, num_rows: int, window: int | None, dtype: torch.dtype
 ) -> None:
     """The last rows of a prompt, computed as decodes, as a chunk and with the whole prompt."""
     shape = _shape(6, 2, 64, window)
     length = 620
-    whole = _case([(length, length)], shape, 16)
+    whole = _case([(length, length)], shape, 16, dtype)
     expected = ops.attend(whole.queries, whole.kv, whole.inputs, shape)[-num_rows:]
-    chunk = _case([(num_rows, length)], shape, 16)
+    chunk = _case([(num_rows, length)], shape, 16, dtype)
     for kernels in (ops, one_thread):
         actual = kernels.attend(whole.queries[-num_rows:], chunk.kv, chunk.inputs, shape)
         assert torch.equal(actual, expected)
-    crowd = _case([(num_rows, length), (1, 40), (300, 300), (1, 513)], shape, 16)
+    crowd = _case([(num_rows, length), (1, 40), (300, 300), (1, 513)], shape, 16, dtype)
     queries = torch.cat([whole.queries[-num_rows:], crowd.queries[num_rows:]])
     assert torch.equal(ops.attend(queries, crowd.kv, crowd.inputs, shape)[:num_rows], expected)
 
@@ -127,18 +149,48 @@ def test_a_querys_bits_depend_on_its_context_only(
 @pytest.mark.parametrize("block_size", [3, 16])
 @pytest.mark.parametrize("with_norms", [False, True])
 @pytest.mark.parametrize("dim", [16, 48, 64, 256])
+@pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
 def test_queries_keys_and_values_equal_the_twin(
-    ops: NativeOps, dim: int, with_norms: bool, block_size: int
+    ops: NativeOps, dtype: torch.dtype, dim: int, with_norms: bool, block_size: int
 ) -> None:
     shape = _shape(6, 2, dim)
     rope = RopeTable(tuple((10000.0 ** -(2 * i / dim)) for i in range(dim // 2)), 1.1)
     norms = (_randn(dim, seed=3), _randn(dim, seed=4)) if with_norms else (None, None)
     for used in (rope, None):
-        native, torchs = (_case([(1, 30), (20, 37)], shape, block_size) for _ in range(2))
+        native, torchs = (_case([(1, 30), (20, 37)], shape, block_size, dtype) for _ in range(2))
         qkv = _randn(21, 10 * dim)
         expected = twin.rope_kv(qkv, torchs.kv, torchs.inputs, shape, used, *norms)
         actual = ops.rope_kv(qkv, native.kv, native.inputs, shape, used, *norms)
         close = {"rtol": 1.6e-2, "atol": 2e-3, "equal_nan": True}
         torch.testing.assert_close(actual, expected, **close)
+        if dtype == torch.int8:  # the last bit of a rotation may move a code by one
+            close = {"rtol": 0.0, "atol": 1.0}
+            torch.testing.assert_close(native.kv.key_scales, torchs.kv.key_scales, equal_nan=True)
+            torch.testing.assert_close(
+                native.kv.value_scales, torchs.kv.value_scales, rtol=0, atol=0, equal_nan=True
+            )
         torch.testing.assert_close(native.kv.keys, torchs.kv.keys, **close)
         torch.testing.assert_close(native.kv.values, torchs.kv.values, **close)
+
+
+def test_int8_codes_are_the_twins_at_every_size_of_number(ops: NativeOps) -> None:
+    """Zeros, denormals, huge ones, ties between codes; NaN and infinity spoil their own head."""
+    shape = _shape(2, 2, 32)
+    qkv = _randn(8, 6 * 32)
+    scales = torch.tensor([1.0, 0.0, 1e-45, 3e-44, 1e-30, 1e30, 1.0, 1.0])
+    qkv *= scales[:, None]
+    qkv[0] = torch.arange(6 * 32) % 32 + 0.5
+    qkv[0, ::32] = 127.0
+    qkv[6, 4 * 32 + 5], qkv[7, 4 * 32] = torch.nan, -torch.inf  # values of head 0
+    native, torchs = (_case([(8, 8)], shape, 4, torch.int8) for _ in range(2))
+    twin.rope_kv(qkv, torchs.kv, torchs.inputs, shape, None)
+    ops.rope_kv(qkv, native.kv, native.inputs, shape, None)
+    assert torch.equal(native.kv.keys, torchs.kv.keys)
+    assert torch.equal(native.kv.values, torchs.kv.values)
+    exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+    torch.testing.assert_close(native.kv.value_scales, torchs.kv.value_scales, **exact)
+    spoilt = torchs.kv.value_scales[torchs.inputs.block_tables[0].long()][..., [0, 1, 2, 3]].isnan()
+    assert spoilt.sum(dim=(0, 2)).tolist() == [2, 0]
+    attended = ops.attend(_randn(8, 64).bfloat16(), native.kv, native.inputs, shape)
+    assert attended[6:, :32].isnan().all()
+    assert not attended[:, 32:].isnan().any()

@@ -137,6 +137,10 @@ def test_options_are_the_configs_keys(artifact: Path) -> None:
         LLM(artifact, max_model_length=64)
     with pytest.raises(ConfigError, match=r"scheduler\.max_num_seqs"):
         LLM(artifact, scheduler={"max_num_seqs": "8"})
+    with pytest.raises(ConfigError, match=r"kv_dtype.*'auto' or 'int8', got 'int4'"):
+        LLM(artifact, runner={"kv_dtype": "int4"})
+    with pytest.raises(ConfigError, match="kv_dtype"):
+        LLM(artifact, runner={"kv_type": "int8"})
     with pytest.raises(ConfigError, match="kv_memory"):
         LLM(artifact, cache={"kv_memory": 1000}, runner=ONE_THREAD)
     with pytest.raises(ConfigError, match="512 positions"):
@@ -164,6 +168,31 @@ def test_what_was_loaded_is_told(artifact: Path, llm: LLM) -> None:
     assert (other.id, other.dtype, other.max_model_len) == ("another", "bfloat16", 512)
     assert other.artifact_id == info.artifact_id
     assert other.numerics_id != info.numerics_id
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_int8_cache_holds_more_and_is_told(artifact: Path, dtype: str) -> None:
+    """And answers the same alone and in company: what one sequence writes is its own."""
+    scores, infos, blocks = [], [], []
+    prompts = ["What is a star?", "Gravity is", "A planet"]
+    seeded = SamplingParams(max_tokens=12, temperature=0.8, seed=7)
+    greedy = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0)
+    for kv_dtype in ("auto", "int8"):
+        runner = {**ONE_THREAD, "dtype": dtype, "kv_dtype": kv_dtype}
+        with LLM(artifact, cache={"kv_memory": 100_000}, runner=runner) as llm:
+            infos.append(llm.info)
+            blocks.append(llm.stats().num_blocks)
+            together = llm.generate(prompts, seeded)
+            assert llm.generate(prompts[1], seeded)[0].token_ids == together[1].token_ids
+            entries = [c.logprobs[0] for c in llm.generate(prompts, greedy) if c.logprobs]
+            scores.append([entry.logprob for entry in entries])
+    assert [info.kv_dtype for info in infos] == [dtype, "int8"]
+    assert infos[0].numerics_id != infos[1].numerics_id
+    assert blocks[1] > 1.5 * blocks[0]
+    assert scores[0] != scores[1]
+    # bfloat16 itself is up to 0.04 away from float32 here
+    assert scores[1] == pytest.approx(scores[0], abs=0.02 if dtype == "float32" else 0.06)
+    assert len(scores[0]) == 3
 
 
 def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.config import CacheConfig
 from torchweave_ray.errors import ArtifactError, ConfigError
 from torchweave_ray.runner.device import (
@@ -150,5 +151,28 @@ def test_the_cache_is_zeroed_and_copies_read_before_they_write() -> None:
     blocks = [[int(kv.keys[b, 0, 0, 0]) for b in range(5)] for kv in cache.layers]
     assert blocks == [[0, 1, 1, 2, 4], [10, 11, 11, 12, 14]]
     assert int(cache.layers[1].values[3].max()) == -12
+    cache.close()
+    assert cache.layers == ()
+
+
+def test_an_int8_cache_copies_scales_with_their_codes() -> None:
+    cache = KVCache(KVShape(2, 3, 4, 64, torch.int8), 5, torch.device("cpu"))
+    assert cache.num_bytes == 5 * block_bytes(2, 3, 64, 4, torch.int8)
+    assert cache.num_bytes * 1.88 < 5 * block_bytes(2, 3, 64, 4, torch.bfloat16)
+    for layer, kv in enumerate(cache.layers):
+        assert kv.key_scales is not None
+        assert kv.value_scales is not None
+        assert kv.key_scales.shape == (5, 3, 4)
+        for block in range(5):
+            kv.keys[block], kv.key_scales[block] = 10 * layer + block, 1.5 * block
+            kv.values[block], kv.value_scales[block] = -10 * layer - block, -1.5 * block
+    cache.copy_blocks([(1, 2), (2, 3)])
+    kv = cache.layers[1]
+    assert kv.key_scales is not None
+    assert kv.value_scales is not None
+    assert kv.keys[:, 0, 0, 0].tolist() == [10, 11, 11, 12, 14]
+    assert kv.values[:, 2, 3, 63].tolist() == [-10, -11, -11, -12, -14]
+    assert kv.key_scales[:, 0, 0].tolist() == [0.0, 1.5, 1.5, 3.0, 6.0]
+    assert kv.value_scales[:, 2, 3].tolist() == [-0.0, -1.5, -1.5, -3.0, -6.0]
     cache.close()
     assert cache.layers == ()

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.parity.paged import Text, make_inputs
-from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+from torchweave_ray.attention.base import (
+    AttentionShape,
+    LayerKV,
+    StepInputs,
+    dequantize_kv,
+    quantize_kv,
+)
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 
 BLOCK_SIZE = 4
@@ -121,6 +128,27 @@ def test_write_kv_touches_its_slots_only() -> None:
     blocks, slots = changed.nonzero(as_tuple=True)
     written = sorted((blocks * BLOCK_SIZE + slots).tolist())
     assert written == sorted(case.inputs.slot_mapping.tolist())
+
+
+def test_an_int8_cache_equals_the_formula_over_what_it_holds() -> None:
+    shape = AttentionShape(6, 2, 16, 0.25, sliding_window=9)
+    case = Case(shape, MIXED)
+    for name in ("keys", "values"):
+        cache = quantize_kv(getattr(case.kv, name))
+        case.kv = replace(case.kv, **dict(zip((name, f"{name[:-1]}_scales"), cache, strict=True)))
+    got = case.run(TorchPagedAttention())
+    case.keys = [dequantize_kv(*quantize_kv(keys)) for keys in case.keys]
+    case.values = [dequantize_kv(*quantize_kv(values)) for values in case.values]
+    torch.testing.assert_close(got, case.expected())
+
+
+def test_an_int8_code_is_within_half_a_step() -> None:
+    x = torch.randn(40, 3, 16, generator=torch.Generator().manual_seed(0)) * 10
+    codes, scales = quantize_kv(x)
+    assert (codes.dtype, scales.shape) == (torch.int8, (40, 3))
+    error = (dequantize_kv(codes, scales) - x).abs().amax(dim=-1)
+    assert (error <= scales * 0.5001).all()
+    assert (codes.abs().amax(dim=-1) == 127).all()
 
 
 def test_bfloat16_equals_its_own_inputs_in_float32() -> None:

@@ -54,6 +54,7 @@ class StatusApi:
             "eos_token_ids": list(info.eos_token_ids),
             "device": info.device,
             "dtype": info.dtype,
+            "kv_dtype": info.kv_dtype,
             "max_batch_size": info.max_num_seqs,
             "context_length": info.max_model_len,
             "block_size": info.block_size,

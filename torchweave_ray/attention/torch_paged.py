@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+from torchweave_ray.attention.base import (
+    AttentionShape,
+    LayerKV,
+    StepInputs,
+    dequantize_kv,
+    quantize_kv,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +58,13 @@ class TorchPagedAttention:
         if key not in self._slots:
             self._slots[key] = _slot_rows(inputs.slot_mapping, num_kv_heads, block_size)
         rows = self._slots[key]
-        for cache, new in ((kv.keys, keys), (kv.values, values)):
-            new_rows = new.reshape(-1, head_dim).to(cache.dtype)
-            cache.view(-1, head_dim).index_copy_(0, rows, new_rows)
+        pairs = ((kv.keys, kv.key_scales, keys), (kv.values, kv.value_scales, values))
+        for cache, scales, new in pairs:
+            new_rows = new.reshape(-1, head_dim)
+            if scales is not None:
+                new_rows, new_scales = quantize_kv(new_rows)
+                scales.view(-1).index_copy_(0, rows, new_scales)
+            cache.view(-1, head_dim).index_copy_(0, rows, new_rows.to(cache.dtype))
 
     def forward(
         self, queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionShape
@@ -84,8 +94,8 @@ def _attend(queries: Tensor, kv: LayerKV, group: _Group, shape: AttentionShape) 
     group_size = shape.num_heads // shape.num_kv_heads
     q = queries.view(num_seqs, n, shape.num_kv_heads, group_size, dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(num_seqs, shape.num_kv_heads, group_size * n, dim)
-    k = _gather(kv.keys, group, shape.num_kv_heads, q.dtype)
-    v = _gather(kv.values, group, shape.num_kv_heads, q.dtype)
+    k = _gather(kv.keys, kv.key_scales, group, shape.num_kv_heads, q.dtype)
+    v = _gather(kv.values, kv.value_scales, group, shape.num_kv_heads, q.dtype)
     if shape.soft_cap is None:
         out = functional.scaled_dot_product_attention(q, k, v, group.bias, scale=shape.scale)
     else:
@@ -96,10 +106,15 @@ def _attend(queries: Tensor, kv: LayerKV, group: _Group, shape: AttentionShape) 
     return out.reshape(num_seqs * n, shape.num_heads, dim)
 
 
-def _gather(cache: Tensor, group: _Group, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+def _gather(
+    cache: Tensor, scales: Tensor | None, group: _Group, num_kv_heads: int, dtype: torch.dtype
+) -> Tensor:
     """A group's cached keys or values: [S, num_kv_heads, L, head_dim], zero behind the ends."""
     block_size, dim = cache.shape[2:]
     found = cache.view(-1, block_size * dim).index_select(0, group.blocks)
+    if scales is not None:
+        of_found = scales.view(-1, block_size).index_select(0, group.blocks)
+        found = dequantize_kv(found.view(-1, block_size, dim), of_found)
     found = found.view(group.num_seqs, num_kv_heads, -1, dim)
     found[group.tail[0], :, group.tail[1]] = 0
     return found.to(dtype)

@@ -89,7 +89,7 @@ class NativeOps:
         eps: float = 1e-6,
     ) -> Tensor:
         norms = [None if norm is None else pack_norm(norm) for norm in (q_norm, k_norm)]
-        op = _attention_op(structs.ROPE_KV, shape)
+        op = attention_op(structs.ROPE_KV, shape)
         op.rope, op.eps = -1 if rope is None else 0, eps
         op.weight, op.extra = (None if norm is None else norm.data_ptr() for norm in norms)
         columns = shape.num_heads * shape.head_dim
@@ -101,7 +101,7 @@ class NativeOps:
     def attend(
         self, queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionShape
     ) -> Tensor:
-        ops = [_attention_op(kind, shape) for kind in (structs.ATTEND, structs.MERGE)]
+        ops = [attention_op(kind, shape) for kind in (structs.ATTEND, structs.MERGE)]
         buffers = [Buffer(queries.shape[1], torch.bfloat16)] * 2
         return self._run(ops, buffers, inputs, (), x=queries, kv=[kv])
 
@@ -129,7 +129,8 @@ class NativeOps:
         return program.buffer(0, num_tokens).clone()
 
 
-def _attention_op(kind: int, shape: AttentionShape) -> Op:
+def attention_op(kind: int, shape: AttentionShape) -> Op:
+    """An op over slot 1's rows; the layer and the strides are the caller's to set."""
     return Op(
         kind=kind,
         x=1,

@@ -70,7 +70,7 @@ class Program:
         self._buffers = [torch.zeros(0, b.stride, dtype=b.dtype) for b in code.buffers]
         self._tables: list[Tensor] = [torch.zeros(0) for _ in code.ropes]
         self._kv: Sequence[LayerKV] = ()
-        self._pointers: tuple[object, object] | None = None  # what step.keys and .values point to
+        self._pointers: list[object] = []  # what step.keys and its like point to
 
     def run(self, inputs: StepInputs, kv: Sequence[LayerKV], num_ops: int | None = None) -> None:
         """Run the first `num_ops` ops, or all. Results are in the buffers until the next run."""
@@ -108,14 +108,22 @@ class Program:
                 self._step.ropes[slot] = self._tables[slot].data_ptr()
 
     def _point_to(self, kv: Sequence[LayerKV]) -> None:
-        tensors = [t for layer in kv for t in (layer.keys, layer.values)]
-        assert all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in tensors)
-        addresses = ctypes.c_void_p * len(kv)
-        keys = addresses(*(layer.keys.data_ptr() for layer in kv))
-        values = addresses(*(layer.values.data_ptr() for layer in kv))
-        self._step.keys, self._step.values = ctypes.addressof(keys), ctypes.addressof(values)
+        scales = [t for layer in kv for t in (layer.key_scales, layer.value_scales)]
+        quantized = any(t is not None for t in scales)
+        dtype = torch.int8 if quantized else torch.bfloat16
+        for layer in kv:
+            assert all(t.dtype == dtype and t.is_contiguous() for t in (layer.keys, layer.values))
+        if quantized:
+            assert all(t is not None and t.is_contiguous() for t in scales)
+        self._pointers = []
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            tensors = [getattr(layer, name) for layer in kv]
+            is_there = bool(tensors) and tensors[0] is not None
+            addresses = (ctypes.c_void_p * len(kv))(*(t.data_ptr() for t in tensors if is_there))
+            setattr(self._step, name, ctypes.addressof(addresses) if is_there else None)
+            self._pointers.append(addresses)
         self._step.block_size = kv[0].keys.shape[2] if kv else 1
-        self._pointers, self._kv = (keys, values), kv
+        self._kv = kv
 
 
 def blank_inputs(num_rows: int) -> StepInputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 
-ABI = 1
+ABI = 2
 PANEL = 32
 MAX_BUFFERS = 16
 MAX_ROPES = 4
@@ -58,6 +58,8 @@ class Step(ctypes.Structure):
         ("logit_rows", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("block_size", c_int64),
         ("buffers", c_void_p * MAX_BUFFERS),
         ("ropes", c_void_p * MAX_ROPES),

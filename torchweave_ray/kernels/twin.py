@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs
+from torchweave_ray.attention.base import (
+    AttentionShape,
+    LayerKV,
+    StepInputs,
+    dequantize_kv,
+    quantize_kv,
+)
 from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
 from torchweave_ray.kernels.program import RopeTable
 
@@ -65,7 +71,7 @@ def rope_kv(
     eps: float = 1e-6,
 ) -> Tensor:
     """qkv [T, (num_heads + 2 num_kv_heads) * head_dim] fp32: queries normed, rotated, bf16; keys
-    likewise, and values, into their slots of `kv`."""
+    likewise, and values, into their slots of `kv`, as bf16 or as int8 codes with scales."""
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     x = qkv.view(-1, heads + 2 * kv_heads, dim)
     queries, keys, values = x[:, :heads], x[:, heads:-kv_heads], x[:, -kv_heads:]
@@ -76,8 +82,14 @@ def rope_kv(
         rotated.append(x if rope is None else _rotate(x, rope, inputs))
     block_size = kv.keys.shape[2]
     blocks, offsets = inputs.slot_mapping // block_size, inputs.slot_mapping % block_size
-    kv.keys[blocks, :, offsets] = rotated[1].bfloat16()
-    kv.values[blocks, :, offsets] = values.bfloat16()
+    for cache, scales, new in (
+        (kv.keys, kv.key_scales, rotated[1]),
+        (kv.values, kv.value_scales, values),
+    ):
+        if scales is None:
+            cache[blocks, :, offsets] = new.bfloat16()
+        else:
+            cache[blocks, :, offsets], scales[blocks, :, offsets] = quantize_kv(new)
     return rotated[0].bfloat16().flatten(1)
 
 
@@ -99,17 +111,20 @@ def attend(queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionSha
         seq_len = int(inputs.seq_lens[s])
         positions = torch.arange(seq_len)
         blocks = inputs.block_tables[s, positions // block_size].long()
-        keys = kv.keys[blocks, :, positions % block_size].float()
-        values = kv.values[blocks, :, positions % block_size].float()
+        at = (blocks, slice(None), positions % block_size)
+        keys, values = kv.keys[at].float(), kv.values[at].float()
+        if kv.key_scales is not None and kv.value_scales is not None:
+            keys = dequantize_kv(kv.keys[at], kv.key_scales[at])
+            values = dequantize_kv(kv.values[at], kv.value_scales[at])
         q = queries[start:end].view(end - start, shape.num_heads, shape.head_dim).float()
         scores = torch.einsum("thd,lhd->htl", q, keys.repeat_interleave(group, dim=1))
         scores *= shape.scale
         if shape.soft_cap is not None:
             scores = torch.tanh(scores / shape.soft_cap) * shape.soft_cap
-        at = torch.arange(seq_len - (end - start), seq_len)[:, None]
-        hidden = positions > at
+        own = torch.arange(seq_len - (end - start), seq_len)[:, None]
+        hidden = positions > own
         if shape.sliding_window is not None:
-            hidden |= positions <= at - shape.sliding_window
+            hidden |= positions <= own - shape.sliding_window
         shares = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         attended = torch.einsum("htl,lhd->thd", shares, values.repeat_interleave(group, dim=1))
         out[start:end] = attended.flatten(1).bfloat16()

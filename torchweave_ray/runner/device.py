@@ -36,6 +36,11 @@ def resolve_dtype(choice: str, artifact_dtype: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def resolve_kv_dtype(choice: Literal["auto", "int8"], dtype: torch.dtype) -> torch.dtype:
+    """auto: what the model computes in."""
+    return torch.int8 if choice == "int8" else dtype
+
+
 def set_num_threads(threads: int | None) -> int:
     """Let torch use so many CPU threads; None: all cores of this process. Returns the number."""
     threads = threads or num_cores()

@@ -31,6 +31,7 @@ class KVShape:
     block_size: int
     head_dim: int
     dtype: torch.dtype
+    """int8: codes, with scales beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,41 +97,43 @@ def _mib(num_bytes: int) -> str:
 
 
 class KVCache:
-    """All layers' blocks in one allocation, zeroed, so that no stale NaN is ever read.
+    """All layers' blocks in one allocation, scales in another, zeroed: no stale NaN is ever read.
 
     On the host it is fresh pages of the system: they cost memory only once they are written.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
-        dims = (
-            shape.num_layers,
-            2,
-            num_blocks,
-            shape.num_kv_heads,
-            shape.block_size,
-            shape.head_dim,
+        dims = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, shape.block_size)
+        self._parts = [_zeros((*dims, shape.head_dim), shape.dtype, device)]
+        if shape.dtype == torch.int8:
+            self._parts.append(_zeros(dims, torch.float32, device))
+        self.layers: tuple[LayerKV, ...] = tuple(
+            LayerKV(*(half for part in of_layer for half in part))
+            for of_layer in zip(*self._parts, strict=True)
         )
-        if device.type == "cpu":
-            self._blocks = _lazy_zeros(dims, shape.dtype)
-        else:
-            self._blocks = torch.zeros(dims, dtype=shape.dtype, device=device)
-        self.layers: tuple[LayerKV, ...] = tuple(LayerKV(k, v) for k, v in self._blocks)
 
     @property
     def num_bytes(self) -> int:
-        return self._blocks.nbytes
+        return sum(part.nbytes for part in self._parts)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy (source, destination) blocks in all layers; every source is read before."""
         if not pairs:
             return
-        sources, destinations = torch.tensor(pairs, device=self._blocks.device).T
-        self._blocks[:, :, destinations] = self._blocks[:, :, sources]
+        for part in self._parts:
+            sources, destinations = torch.tensor(pairs, device=part.device).T
+            part[:, :, destinations] = part[:, :, sources]
 
     def close(self) -> None:
         """Let go of the memory; the layers are gone."""
         self.layers = ()
-        self._blocks = torch.empty(0)
+        self._parts = []
+
+
+def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return _lazy_zeros(dims, dtype)
+    return torch.zeros(dims, dtype=dtype, device=device)
 
 
 def _lazy_zeros(dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define TW_ABI 1
+#define TW_ABI 2
 #define TW_PANEL 32          // output columns of one packed panel
 #define TW_SPLIT 256         // positions of an attention split: fixed and absolute
 #define TW_TILE 64           // positions of an attention tile: fixed and absolute
@@ -67,8 +67,10 @@ struct TwStep {
     const int32_t* block_tables;     // [S, block_table_stride]
     int64_t block_table_stride;
     const int64_t* logit_rows;       // [R]
-    void* const* keys;               // [layers]: bf16 [blocks, num_kv_heads, block_size, head_dim]
+    void* const* keys;  // [layers]: bf16 or int8 [blocks, num_kv_heads, block_size, head_dim]
     void* const* values;
+    float* const* key_scales;        // null: bf16; else of int8: [blocks, num_kv_heads, block_size]
+    float* const* value_scales;
     int64_t block_size;
     void* buffers[TW_MAX_BUFFERS];
     const float* ropes[TW_MAX_ROPES];  // [positions, head_dim]: cos then sin of each half

@@ -62,50 +62,80 @@ static void pick(const TwOp& op, const TwStep& step, int64_t row) {
     __builtin_memcpy((float*)step.buffers[op.out] + row * op.ldo, x, op.ldo * sizeof(float));
 }
 
-// x [head_dim] f32 -> out bf16: norm if asked, then rotate halves (a, b) -> (ac - bs, bc + as).
-static inline void norm_and_rotate(const TwOp& op, const float* x, const float* norm,
-                                   const float* table, uint16_t* out) {
+// x [head_dim] f32: norm if asked, then rotate halves (a, b) -> (ac - bs, bc + as). The result is
+// x itself or in `scratch`. head_dim is a multiple of 16: rows are whole vectors.
+static inline const float* norm_and_rotate(const TwOp& op, const float* x, const float* norm,
+                                           const float* table, float* scratch) {
     const int64_t dim = op.head_dim, half = dim / 2;
     alignas(64) float normed[TW_MAX_HEAD_DIM];
     if (norm != nullptr) {
+        float* out = table == nullptr ? scratch : normed;
         const F scale = set1(inverse_rms(x, dim, op.eps));
         for (int64_t i = 0; i < dim; i += W)
-            store(normed + i, mul(mul(load(x + i), scale), load(norm + i)));
-        x = normed;
+            store(out + i, mul(mul(load(x + i), scale), load(norm + i)));
+        x = out;
     }
-    if (table == nullptr) {
-        for (int64_t i = 0; i < dim; i += W) store_bf16(out + i, load(x + i));
-        return;
-    }
-    // head_dim is a multiple of 16, so halves are whole half-vectors of 8 lanes at least.
-    alignas(64) float rotated[TW_MAX_HEAD_DIM + W];
-    for (int64_t i = 0; i < half; i += 8) {
+    if (table == nullptr) return x;
+    for (int64_t i = 0; i < half; i += 8) {  // halves are whole half-vectors of 8 lanes at least
         const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + half + i);
         const __m256 c = _mm256_loadu_ps(table + i), s = _mm256_loadu_ps(table + half + i);
-        _mm256_storeu_ps(rotated + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
-        _mm256_storeu_ps(rotated + half + i, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
+        _mm256_storeu_ps(scratch + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
+        _mm256_storeu_ps(scratch + half + i, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
     }
-    for (int64_t i = 0; i < dim; i += W) store_bf16(out + i, load(rotated + i));
+    return scratch;
+}
+
+static inline void store_row(uint16_t* out, const float* x, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += W) store_bf16(out + i, load(x + i));
+}
+
+// Symmetric int8: x = codes * scale, scale = max|x| / 127. Where x is not finite the scale is NaN:
+// it spoils what reads this position and nothing else.
+static inline float quantize_row(int8_t* out, const float* x, int64_t dim) {
+    F top = zero(), bad = zero();
+    for (int64_t i = 0; i < dim; i += W) {
+        const F value = load(x + i);
+        top = max(top, max(value, sub(zero(), value)));
+        bad = fma(value, zero(), bad);  // infinity * 0 is NaN
+    }
+    const float scale = hmax(top) / 127.0f + hsum(bad);
+    if (!(scale > 0.0f)) {  // all zeros, or NaN
+        __builtin_memset(out, 0, dim);
+        return scale;
+    }
+    // A denormal scale is coarse, and could give a code above 127.
+    const F whole = set1(scale), most = set1(127.0f), least = set1(-127.0f);
+    for (int64_t i = 0; i < dim; i += W)
+        store_int8(out + i, max(least, min(most, div(load(x + i), whole))));
+    return scale;
 }
 
 // One token of qkv [num_heads + 2 * num_kv_heads, head_dim]: queries out, K and V into its slot.
 static void rope_kv(const TwOp& op, const TwStep& step, int64_t token) {
-    const int64_t dim = op.head_dim, kv_heads = op.num_kv_heads;
+    const int64_t dim = op.head_dim, kv_heads = op.num_kv_heads, size = step.block_size;
     const float* x = (const float*)step.buffers[op.x] + token * op.ldx;
     uint16_t* queries = (uint16_t*)step.buffers[op.out] + token * op.ldo;
     const float* table = op.rope < 0 ? nullptr : step.ropes[op.rope] + step.positions[token] * dim;
-    for (int64_t head = 0; head < op.num_heads; head++, x += dim)
-        norm_and_rotate(op, x, (const float*)op.weight, table, queries + head * dim);
-    const int64_t block = step.slot_mapping[token] / step.block_size;
-    const int64_t offset = step.slot_mapping[token] % step.block_size;
-    const int64_t stride = step.block_size * dim;
-    const int64_t slot = block * kv_heads * stride + offset * dim;
-    uint16_t* keys = (uint16_t*)step.keys[op.layer] + slot;
-    uint16_t* values = (uint16_t*)step.values[op.layer] + slot;
-    for (int64_t head = 0; head < kv_heads; head++, x += dim)
-        norm_and_rotate(op, x, (const float*)op.extra, table, keys + head * stride);
-    for (int64_t head = 0; head < kv_heads; head++, x += dim)
-        for (int64_t i = 0; i < dim; i += W) store_bf16(values + head * stride + i, load(x + i));
+    alignas(64) float scratch[TW_MAX_HEAD_DIM];
+    for (int64_t head = 0; head < op.num_heads; head++, x += dim) {
+        const float* query = norm_and_rotate(op, x, (const float*)op.weight, table, scratch);
+        store_row(queries + head * dim, query, dim);
+    }
+    const int64_t block = step.slot_mapping[token] / size, offset = step.slot_mapping[token] % size;
+    for (int64_t head = 0; head < kv_heads; head++, x += dim) {
+        const float* key = norm_and_rotate(op, x, (const float*)op.extra, table, scratch);
+        const float* value = x + kv_heads * dim;
+        const int64_t at = (block * kv_heads + head) * size + offset;
+        if (step.key_scales == nullptr) {
+            store_row((uint16_t*)step.keys[op.layer] + at * dim, key, dim);
+            store_row((uint16_t*)step.values[op.layer] + at * dim, value, dim);
+        } else {
+            int8_t* keys = (int8_t*)step.keys[op.layer];
+            int8_t* values = (int8_t*)step.values[op.layer];
+            step.key_scales[op.layer][at] = quantize_row(keys + at * dim, key, dim);
+            step.value_scales[op.layer][at] = quantize_row(values + at * dim, value, dim);
+        }
+    }
 }
 
 }  // namespace

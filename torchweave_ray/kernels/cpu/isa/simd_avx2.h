@@ -101,6 +101,31 @@ static inline F dot_pairs(F acc, P a, P b) {
     return fma(high_half(a), high_half(b), acc);
 }
 
+static inline P dot_pairs(P acc, P a, P b) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+}
+static inline F to_float(F a) { return a; }
+static inline F to_float(P a) { return _mm256_cvtepi32_ps(a); }
+static inline P even_bytes(P a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+static inline P odd_bytes(P a) { return _mm256_srai_epi16(a, 8); }
+static inline P load_bytes(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+}
+// 2 W divides every head_dim here.
+static inline P load_some_bytes(const int8_t* p, int) { return load_bytes(p); }
+static inline P zip_low(P a, P b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA); }
+static inline P zip_high(P a, P b) { return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA); }
+static inline __m128i to_int16(F v) {
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    return _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+}
+static inline void store_int16(int16_t* p, F v) { _mm_storeu_si128((__m128i*)p, to_int16(v)); }
+static inline void store_int8(int8_t* p, F v) {
+    const __m128i words = to_int16(v);
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+
+static inline void store_pairs(uint16_t* p, P pairs) { _mm256_storeu_si256((__m256i*)p, pairs); }
 // keys[j] + at points to `pairs` (<= 16) pairs of position j -> out[pair][16 positions].
 static inline void transpose_pairs(const uint16_t* const* keys, int64_t at, int pairs,
                                    uint16_t* out) {

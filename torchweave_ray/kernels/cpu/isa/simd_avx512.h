@@ -102,6 +102,42 @@ static inline F dot_pairs(F acc, P a, P b) {
 #endif
 }
 
+// Integers: `P` of pairs of int16, or of one int32 a lane.
+static inline P dot_pairs(P acc, P a, P b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(acc, a, b);
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+static inline F to_float(F a) { return a; }
+static inline F to_float(P a) { return _mm512_cvtepi32_ps(a); }
+// Bytes 0 and 2 of each lane, then 1 and 3, as pairs of int16.
+static inline P even_bytes(P a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+static inline P odd_bytes(P a) { return _mm512_srai_epi16(a, 8); }
+// 2 W int8 as int16; the first n (n < 2 W, a multiple of 16), then zeros.
+static inline P load_bytes(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+}
+static inline P load_some_bytes(const int8_t* p, int n) {
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((__mmask32)((1ull << n) - 1ull), p));
+}
+// Pairs (a, b) of the lower, or the upper halves of the lanes.
+static inline P zip_low(P a, P b) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
+}
+static inline P zip_high(P a, P b) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
+}
+// W floats that fit, rounded to the nearest even.
+static inline void store_int8(int8_t* p, F v) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+static inline void store_int16(int16_t* p, F v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+
+static inline void store_pairs(uint16_t* p, P pairs) { _mm512_storeu_si512(p, pairs); }
 // keys[j] + at points to `pairs` (<= 16) pairs of position j -> out[pair][16 positions].
 static inline void transpose_pairs(const uint16_t* const* keys, int64_t at, int pairs,
                                    uint16_t* out) {
