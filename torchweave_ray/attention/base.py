@@ -80,7 +80,8 @@ def block_bytes(
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [.., head_dim] -> codes int8 of that shape and scales [..] float32: x = code * scale.
 
-    Symmetric, scale = max|x| / 127. Where x is not finite the scale is NaN: that position is spoilt, and no other.
+    Symmetric, scale = max|x| / 127. Where x is not finite the scale is NaN: that position is
+    spoilt, and no other.
     """
     x = x.float()
     scales = x.abs().amax(dim=-1) / 127.0
