@@ -39,6 +39,7 @@ class MeasuredModel:
         """Room for so many tokens a sequence."""
         spec = self.spec
         shape = (num_seqs * _blocks(num_tokens), spec.num_kv_heads, _BLOCK, spec.head_dim)
+        parts: list[tuple[tuple[int, ...], torch.dtype]]
         parts = [(shape, self.kv_dtype or self.dtype)] * 2
         if self.kv_dtype == torch.int8:
             parts += [(shape[:-1], torch.float32)] * 2
