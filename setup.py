@@ -13,11 +13,12 @@ FOLDER = Path("torchweave_ray/kernels/cpu")
 COMMON = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
 # Two shapes of one kernel must round alike: multiply-adds are fused where written so only.
 COMMON += ["-ffp-contract=off", "-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512vnni": [*AVX512, "-mavx512vnni"],
+    "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 
 

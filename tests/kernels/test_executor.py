@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,21 @@ from torch import Tensor
 
 from tests.parity.paged import PagedDecoder, Text
 from tests.tiny import make_tiny_artifact
+from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.library import ISA_VARIABLE, Library
+from torchweave_ray.kernels.packing import PackedLinear, pack_linear, unpack_linear
+from torchweave_ray.kernels.quantization import QuantizedFormat, quantize
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.lowering import CannotLower, lower
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.weights import load_weights
 from torchweave_ray.sampling_params import SamplingParams
+
+Formats = Mapping[str, QuantizedFormat]
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -34,17 +40,42 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+FORMATS: dict[str, Formats] = {
+    "int8": {"proj": "int8", "embed": "int8-group32", "head": "int8-group32"},
+    "int4": {"proj": "int4-group32", "embed": "int8-group32", "head": "int8-group32"},
+    "mixed": {"down_proj": "int4-group32", "o_proj": "int8", "head": "int8"},
+}
+"""Which tensors are quantised, by a part of their names; the others stay bf16."""
+
+
 @pytest.fixture(params=list(MODELS))
 def artifact(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS[request.param])
 
 
+def _quantized(weights: Mapping[str, Tensor], formats: Formats) -> dict[str, Tensor | PackedLinear]:
+    packed: dict[str, Tensor | PackedLinear] = dict(weights)
+    for name, weight in weights.items():
+        for part, format in formats.items():
+            if part in name and weight.dim() == 2:
+                packed[name] = pack_linear(quantize(weight, format), "gate_up" in name)
+    return packed
+
+
 class NativeDecoder(PagedDecoder):
-    def __init__(self, artifact: Path, library: Library, threads: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self,
+        artifact: Path,
+        library: Library,
+        threads: int = 2,
+        seed: int = 0,
+        formats: Formats | None = None,
+    ) -> None:
         super().__init__(artifact, num_blocks=128, dtype=torch.bfloat16, seed=seed)
         config = ModelConfig.from_hf(read_hf_config(artifact))
         weights = load_weights(artifact, config, torch.bfloat16, torch.device("cpu"))
-        self.executor = NativeExecutor(self.spec, weights, library, threads)
+        packed = _quantized(weights, formats or {})
+        self.executor = NativeExecutor(self.spec, packed, library, threads)
 
     def step(self, chunks: Sequence[tuple[Text, int]]) -> list[Tensor]:
         return [logits.clone() for logits in super().step(chunks)]
@@ -80,17 +111,50 @@ def test_hidden_states_are_those_of_the_torch_executor(artifact: Path, library: 
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_quantized_logits_are_those_of_the_weights_they_stand_for(
+    tmp_path: Path, library: Library, name: str
+) -> None:
+    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS["biased"])
+    formats = FORMATS[name]
+    texts = _texts(1, 30, 70)
+    exact = PagedDecoder(artifact)
+    config = ModelConfig.from_hf(read_hf_config(artifact))
+    weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
+    meant = {
+        tensor: unpack_linear(w) if isinstance(w, PackedLinear) else w
+        for tensor, w in _quantized(weights, formats).items()
+    }
+    exact.executor = TorchExecutor(exact.spec, meant, TorchPagedAttention())
+    native = NativeDecoder(artifact, library, formats=formats)
+    outputs = [d.step([(Text(ids), len(ids)) for ids in texts]) for d in (exact, native)]
+    expected, actual = (torch.cat(logits) for logits in outputs)
+    assert (actual - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_quantized_rows_have_the_same_bits_in_any_batch(
+    tmp_path: Path, library: Library, name: str
+) -> None:
+    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS["tied"])
+    _assert_same_bits_in_any_batch(artifact, library, FORMATS[name])
+
+
 def test_a_rows_logits_have_the_same_bits_in_any_batch(artifact: Path, library: Library) -> None:
+    _assert_same_bits_in_any_batch(artifact, library, {})
+
+
+def _assert_same_bits_in_any_batch(artifact: Path, library: Library, formats: Formats) -> None:
     """Alone token by token; in one chunk; in uneven chunks within a crowd; on 1, 2, 3 threads."""
     text, *others = _texts(61, 3, 40, 25, 9)
-    alone = NativeDecoder(artifact, library, threads=1)
+    alone = NativeDecoder(artifact, library, 1, formats=formats)
     sequence = Text(text)
     expected = torch.cat([alone.step([(sequence, 1)])[0] for _ in text])
     for threads, seed in itertools.product((1, 2, 3), (1, 2)):
-        whole = NativeDecoder(artifact, library, threads, seed)
+        whole = NativeDecoder(artifact, library, threads, seed, formats)
         assert torch.equal(whole.step([(Text(text), len(text))])[0], expected)
         draw = random.Random(seed)
-        crowd = NativeDecoder(artifact, library, threads, seed)
+        crowd = NativeDecoder(artifact, library, threads, seed, formats)
         sequence, left = Text(text), [Text(ids) for ids in others]
         rows = []
         while (rest := len(text) - sequence.num_computed) > 0:
@@ -104,11 +168,12 @@ def test_a_rows_logits_have_the_same_bits_in_any_batch(artifact: Path, library: 
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 12, 13, 24, 32])
+@pytest.mark.parametrize("formats", [{}, FORMATS["int8"], FORMATS["int4"]])
 def test_decodes_have_the_same_bits_in_every_batch_size(
-    tmp_path: Path, library: Library, num_rows: int
+    tmp_path: Path, library: Library, num_rows: int, formats: Formats
 ) -> None:
     artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16)
-    decoders = [NativeDecoder(artifact, library, threads) for threads in (1, 2)]
+    decoders = [NativeDecoder(artifact, library, n, formats=formats) for n in (1, 2)]
     texts = _texts(*range(5, 5 + num_rows))
     for decoder in decoders:
         together = [Text(ids) for ids in texts]

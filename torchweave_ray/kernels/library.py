@@ -1,7 +1,7 @@
 """Finds and loads the compiled CPU kernels, and says why there are none. Owns the thread teams.
 
 The library is an optional part of the package's build; without it everything runs on torch.
-TORCHWEAVE_ISA=avx2|avx512|avx512bf16|none takes a lesser instruction set than the machine's best.
+TORCHWEAVE_ISA=avx2|avx512|avx512vnni|avx512bf16|none takes less than the machine's best.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torchweave_ray.kernels.structs import ABI, Op, Step
 
 PATH = Path(__file__).with_name("_cpu.so")
 ISA_VARIABLE = "TORCHWEAVE_ISA"
-ISAS: Mapping[str, int] = MappingProxyType({"avx2": 1, "avx512": 2, "avx512bf16": 3})
+ISAS: Mapping[str, int] = MappingProxyType(
+    {"avx2": 1, "avx512": 2, "avx512vnni": 3, "avx512bf16": 4}
+)
 
 
 class KernelsUnavailable(Exception):
@@ -32,7 +34,7 @@ class Library:
     def __init__(self, functions: Any, isa: str) -> None:
         self._functions = functions
         self.isa = isa
-        """avx2, avx512 or avx512bf16: results of different ones differ in their last bits."""
+        """One of ISAS: results of different ones differ in their last bits."""
 
     def create_team(self, num_threads: int) -> Team:
         return Team(self._functions, ISAS[self.isa], num_threads)
@@ -61,6 +63,13 @@ class Team:
             self._handle, self._isa, logits, num_rows, vocab, stride, draws, ids
         )
         assert status == 0, status
+
+    def ceiling(self, what: int, memory: int, amount: int) -> int:
+        """Bytes read or operations done by nothing but that, on all threads (`structs.READ`, ...).
+        `memory` is the address of `amount` bytes, or `amount` the rounds of multiplying."""
+        done: int = self._functions.tw_ceiling(self._handle, self._isa, what, memory, amount)
+        assert done >= 0, done
+        return done
 
     def close(self) -> None:
         if self._handle is not None:
@@ -109,3 +118,5 @@ def _declare(functions: Any) -> None:
         *(c_void_p, c_void_p),
     )
     functions.tw_sample.restype = c_int32
+    functions.tw_ceiling.argtypes = (c_void_p, c_int32, c_int32, c_void_p, c_int64)
+    functions.tw_ceiling.restype = c_int64

@@ -16,6 +16,7 @@ from torchweave_ray.kernels import structs
 from torchweave_ray.kernels.library import Team
 from torchweave_ray.kernels.packing import PackedLinear, pack_bias, pack_norm
 from torchweave_ray.kernels.program import Buffer, Code, Program, RopeTable, blank_inputs
+from torchweave_ray.kernels.quantization import QuantizedRows
 from torchweave_ray.kernels.structs import Op
 from torchweave_ray.kernels.twin import Activation
 
@@ -37,14 +38,32 @@ class NativeOps:
             scale=scale,
             weight=weight.data_ptr(),
         )
+        kept: tuple[Tensor, ...] = (weight,)
+        if isinstance(table, PackedLinear):
+            kept = _set_weight(op, table)
         inputs = replace(blank_inputs(len(input_ids)), input_ids=input_ids)
-        return self._run([op], [Buffer(columns, torch.float32)], inputs, (weight,))
+        return self._run([op], [Buffer(columns, torch.float32)], inputs, kept)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
         scale = pack_norm(weight, weight_offset)
         op = Op(kind=structs.RMS_NORM, x=1, n=x.shape[1], eps=eps, weight=scale.data_ptr())
         buffers = [Buffer(x.shape[1], torch.bfloat16), Buffer(x.shape[1], torch.float32)]
         return self._run([op], buffers, blank_inputs(len(x)), (scale,), x=x)
+
+    def rms_norm_quantized(
+        self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+    ) -> QuantizedRows:
+        scale, mode = pack_norm(weight, weight_offset), structs.NORM_BLOCKS
+        op = Op(
+            kind=structs.RMS_NORM, mode=mode, x=1, n=x.shape[1], eps=eps, weight=scale.data_ptr()
+        )
+        buffers = [Buffer(x.shape[1], torch.uint8), Buffer(x.shape[1], torch.float32)]
+        return _read_blocks(self._run([op], buffers, blank_inputs(len(x)), (scale,), x=x))
+
+    def quantize(self, x: Tensor) -> QuantizedRows:
+        op = Op(kind=structs.QUANTIZE, x=1, k=x.shape[1])
+        buffers = [Buffer(x.shape[1], torch.uint8), Buffer(x.shape[1], torch.bfloat16)]
+        return _read_blocks(self._run([op], buffers, blank_inputs(len(x)), (), x=x))
 
     def linear(
         self,
@@ -63,18 +82,16 @@ class NativeOps:
         elif activation is not None:
             mode = structs.SILU if activation == "silu" else structs.GELU
             out = Buffer(weight.num_outputs, torch.bfloat16)
-        op = Op(
-            kind=structs.LINEAR,
-            mode=mode,
-            x=1,
-            n=weight.data.shape[0] * structs.PANEL,
-            k=weight.k,
-            weight=weight.data.data_ptr(),
-            extra=None if packed_bias is None else packed_bias.data_ptr(),
-        )
-        kept = (weight.data, *(() if packed_bias is None else (packed_bias,)))
-        buffers = [out, Buffer(weight.k, torch.bfloat16)]
-        result = self._run([op], buffers, blank_inputs(len(x)), kept, x=x, out=residual)
+        op = Op(kind=structs.LINEAR, mode=mode, x=1, n=weight.data.shape[0] * structs.PANEL)
+        op.k = weight.k
+        op.extra = None if packed_bias is None else packed_bias.data_ptr()
+        kept = (*_set_weight(op, weight), *(() if packed_bias is None else (packed_bias,)))
+        ops, buffers = [op], [out, Buffer(weight.k, torch.bfloat16)]
+        if weight.format != "bf16":
+            op.x = 2
+            buffers.append(Buffer(weight.k, torch.uint8))
+            ops.insert(0, Op(kind=structs.QUANTIZE, x=1, out=2, k=weight.k))
+        result = self._run(ops, buffers, blank_inputs(len(x)), kept, x=x, out=residual)
         return result if residual is None else residual.copy_(result)
 
     def rope_kv(
@@ -118,7 +135,7 @@ class NativeOps:
     ) -> Tensor:
         """Slot 0 is the output and slot 1 the input."""
         for op in ops:
-            op.ldx, op.ldo = buffers[op.x].stride, buffers[0].stride
+            op.ldx, op.ldo = buffers[op.x].stride, buffers[op.out].stride
         program = Program(Code(tuple(ops), tuple(buffers), ropes, kept), self._team)
         num_tokens = inputs.input_ids.shape[0]
         program.reserve(num_tokens, 0, 0)
@@ -127,6 +144,25 @@ class NativeOps:
                 program.buffer(slot, num_tokens).copy_(values)
         program.run(inputs, kv)
         return program.buffer(0, num_tokens).clone()
+
+
+def _set_weight(op: Op, weight: PackedLinear) -> tuple[Tensor, ...]:
+    """Point the op to a packed weight; what must be kept alive for it."""
+    op.format, op.weight = structs.FORMATS[weight.format], weight.data.data_ptr()
+    if weight.scales is None:
+        return (weight.data,)
+    op.scales = weight.scales.data_ptr()
+    return (weight.data, weight.scales)
+
+
+def _read_blocks(rows: Tensor) -> QuantizedRows:
+    """Of bytes [m, groups * BLOCK_BYTES]."""
+    num_blocks = rows.shape[1] // structs.BLOCK_BYTES
+    blocks = rows.view(len(rows), num_blocks, structs.BLOCK_BYTES)
+    codes = blocks[..., : structs.PANEL].contiguous().view(torch.int8).flatten(1)
+    scales = blocks[..., structs.PANEL : -4].contiguous().view(torch.float32)[..., 0]
+    offsets = blocks[..., -4:].contiguous().view(torch.int32)[..., 0]
+    return QuantizedRows(codes, scales, offsets // -128)
 
 
 def attention_op(kind: int, shape: AttentionShape) -> Op:

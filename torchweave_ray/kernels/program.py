@@ -14,12 +14,13 @@ from torch import Tensor
 
 from torchweave_ray.attention.base import LayerKV, StepInputs
 from torchweave_ray.kernels.library import Team
-from torchweave_ray.kernels.structs import MAX_BUFFERS, MAX_ROPES, PANEL, Op, Step
+from torchweave_ray.kernels.structs import BLOCK_BYTES, MAX_BUFFERS, MAX_ROPES, PANEL, Op, Step
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """[rows, columns] values between ops; rows are the step's tokens, or its picked rows."""
+    """[rows, columns] values between ops; rows are the step's tokens, or its picked rows. uint8:
+    quantised blocks of 32 columns (`TwBlock`)."""
 
     columns: int
     dtype: torch.dtype
@@ -27,8 +28,9 @@ class Buffer:
 
     @property
     def stride(self) -> int:
-        """Whole panels: products write them whole, and read pairs of columns."""
-        return -(-self.columns // PANEL) * PANEL
+        """Whole panels: products write them whole, and read pairs or groups of columns."""
+        panels = -(-self.columns // PANEL)
+        return panels * (BLOCK_BYTES if self.dtype == torch.uint8 else PANEL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,10 @@ class Program:
         self._team.run(self._ops, len(self._ops) if num_ops is None else num_ops, step)
 
     def buffer(self, slot: int, num_rows: int) -> Tensor:
-        """A view [num_rows, columns] of what the last run left there."""
-        return self._buffers[slot][:num_rows, : self._code.buffers[slot].columns]
+        """A view [num_rows, columns] of what the last run left there; of blocks, all bytes."""
+        buffer = self._code.buffers[slot]
+        columns = buffer.stride if buffer.dtype == torch.uint8 else buffer.columns
+        return self._buffers[slot][:num_rows, :columns]
 
     def reserve(self, num_tokens: int, num_picked: int, num_positions: int) -> None:
         """Let the buffers hold a step of this size. New memory is zeroed."""

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from types import MappingProxyType
 
-ABI = 2
+from torchweave_ray.kernels.quantization import Format
+
+ABI = 3
 PANEL = 32
+BLOCK_BYTES = 40
+"""Of 32 quantised activations: their codes, scale and offset."""
 MAX_BUFFERS = 16
 MAX_ROPES = 4
 MAX_HEAD_DIM = 256
 
-EMBED, RMS_NORM, LINEAR, ROPE_KV, ATTEND, MERGE, PICK = range(7)
+EMBED, RMS_NORM, LINEAR, ROPE_KV, ATTEND, MERGE, PICK, QUANTIZE = range(8)
 STORE_F32, ADD_F32, STORE_BF16, SILU, GELU = range(5)
 ROW_MAJOR, PACKED = range(2)
+NORM_BF16, NORM_BLOCKS = range(2)
+READ, MULTIPLY_BF16, MULTIPLY_INT8 = range(3)
+FORMATS: Mapping[Format, int] = MappingProxyType(
+    {"bf16": 0, "int8": 1, "int8-group32": 2, "int4-group32": 3}
+)
 
 
 class Op(ctypes.Structure):
@@ -29,7 +40,7 @@ class Op(ctypes.Structure):
         ("num_kv_heads", c_int32),
         ("head_dim", c_int32),
         ("window", c_int32),
-        ("reserved", c_int32),
+        ("format", c_int32),
         ("eps", c_float),
         ("scale", c_float),
         ("soft_cap", c_float),
@@ -40,6 +51,7 @@ class Op(ctypes.Structure):
         ("ldo", c_int64),
         ("weight", c_void_p),
         ("extra", c_void_p),
+        ("scales", c_void_p),
     )
 
 

@@ -19,8 +19,15 @@ from torchweave_ray.attention.base import (
     dequantize_kv,
     quantize_kv,
 )
-from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
+from torchweave_ray.kernels.packing import PackedLinear, unpack_linear, unpack_quantized
 from torchweave_ray.kernels.program import RopeTable
+from torchweave_ray.kernels.quantization import (
+    GROUP,
+    ZERO,
+    QuantizedLinear,
+    QuantizedRows,
+    quantize_rows,
+)
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -37,6 +44,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) 
     return functional.rms_norm(x, scale.shape, scale, eps).bfloat16()
 
 
+def rms_norm_quantized(
+    x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+) -> QuantizedRows:
+    """[M, n] fp32 -> blocks, without rounding to bf16 first."""
+    scale = weight.float() + weight_offset
+    return quantize_rows(functional.rms_norm(x, scale.shape, scale, eps))
+
+
+def quantize(x: Tensor) -> QuantizedRows:
+    """[M, k] bf16 -> blocks, as products with quantised weights read them."""
+    return quantize_rows(x)
+
+
 def linear(
     x: Tensor,
     weight: PackedLinear,
@@ -45,9 +65,13 @@ def linear(
     activation: Activation | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """x [M, k] bf16 @ weight.T + bias: fp32, or `dtype`; added to `residual` [M, n] fp32 in place
-    where given. `activation`: of a gated weight; act(gates) * ups [M, n / 2] bf16."""
-    product = functional.linear(x.float(), unpack_linear(weight).float())
+    """x [M, k] bf16, quantised if the weight is, @ weight.T + bias: fp32, or `dtype`; added to
+    `residual` [M, n] fp32 in place where given. `activation`: of a gated weight; act(gates) * ups
+    [M, n / 2] bf16."""
+    if weight.format == "bf16":
+        product = functional.linear(x.float(), unpack_linear(weight).float())
+    else:
+        product = _quantized_product(quantize(x), unpack_quantized(weight))
     if bias is not None:
         product += bias.float()
     if residual is not None:
@@ -58,6 +82,24 @@ def linear(
     if activation == "silu":
         return (functional.silu(gate) * up).bfloat16()
     return (functional.gelu(gate, approximate="tanh") * up).bfloat16()
+
+
+def _quantized_product(x: QuantizedRows, weight: QuantizedLinear) -> Tensor:
+    """[M, n] fp32: group by group the exact sum of the codes' products, then its scales."""
+    padding = x.codes.shape[1] - weight.k
+    codes = functional.pad(weight.codes, (0, padding)).float()
+    if weight.mins is None:
+        codes -= ZERO
+    product = torch.zeros(len(x.codes), weight.n)
+    for group in range(x.scales.shape[1]):
+        columns = slice(group * GROUP, (group + 1) * GROUP)
+        part = functional.linear(x.codes[:, columns].float(), codes[:, columns])
+        if weight.format != "int8":
+            part *= weight.scales[:, group].float()
+        if weight.mins is not None:
+            part += weight.mins[:, group].float() * x.sums[:, group, None]
+        product += x.scales[:, group, None] * part
+    return product * weight.scales if weight.format == "int8" else product
 
 
 def rope_kv(

@@ -1,6 +1,7 @@
 """A DecoderSpec as native code: ops with their weights packed, and the buffers between them.
 
-The residual stream and what products give are fp32, what products read is bf16, sums are fp32.
+The residual stream and what products give are fp32, what products read is bf16, or blocks of 8 bits
+where their weight is quantised; sums are fp32.
 Knows the kernels' ops, not how they compute.
 """
 
@@ -43,7 +44,9 @@ class Lowered:
     logits: int
     """Slot of the logits [R, vocab] fp32."""
     head_input: int
-    """Slot of what the head's product reads [R, hidden_size] bf16."""
+    """Slot of the last norm's output [R, hidden_size] bf16."""
+    num_hidden_ops: int
+    """So many ops fill it."""
 
 
 def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor | PackedLinear]) -> Lowered:
@@ -56,7 +59,9 @@ def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor | PackedLinear]) -> Lo
     lowering = _Lowering(spec, tensors)
     lowering.add_all(spec.ops)
     lowering.pick_rows()
-    lowering.add_all(spec.head_ops)
+    lowering.add_all(spec.head_ops[:-1])
+    num_hidden_ops = len(lowering.ops)
+    lowering.add_all(spec.head_ops[-1:])
     code = Code(
         tuple(lowering.ops),
         tuple(lowering.buffers),
@@ -66,7 +71,7 @@ def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor | PackedLinear]) -> Lo
     head = spec.head_ops[-1]
     if not isinstance(head, Linear):
         raise CannotLower("the head does not end in a product")
-    return Lowered(code, lowering.slot(head.out), lowering.slot(head.x))
+    return Lowered(code, lowering.slot(head.out), lowering.slot(head.x), num_hidden_ops)
 
 
 @dataclass(slots=True)
@@ -82,6 +87,8 @@ class _Lowering:
     packed: dict[tuple[str, bool], PackedLinear] = field(default_factory=dict)
     arena: Arena = field(default_factory=Arena)
     picked: bool = False
+    blocks: dict[int, int] = field(default_factory=dict)
+    """Slot of the quantised blocks that hold the same as a slot; until that is written again."""
 
     def add_all(self, ops: Sequence[SpecOp]) -> None:
         """A product and the activation behind it become one op."""
@@ -96,7 +103,7 @@ class _Lowering:
                     else:
                         self._linear(op)
                 case RMSNorm() as op:
-                    self._rms_norm(op)
+                    self._rms_norm(op, left)
                 case Attention() as op:
                     self._attention(op)
                 case Embed() as op:
@@ -113,6 +120,7 @@ class _Lowering:
         x = self.slot(HIDDEN)
         self.picked = True
         self.slots.clear()
+        self.blocks.clear()
         out = self._new(HIDDEN, self.buffers[x].columns, torch.float32)
         self._emit(structs.PICK, x, out)
 
@@ -132,7 +140,17 @@ class _Lowering:
             raise CannotLower(f"buffer {name!r} is {self.buffers[slot].dtype}, not {dtype}")
         return slot
 
+    def _quantized(self, x: int) -> int:
+        """Slot of the blocks of what is in slot x, made by a pass of their own if need be."""
+        if x not in self.blocks:
+            columns = self.buffers[x].columns
+            out = self._new(f"blocks of {x}", columns, torch.uint8)
+            self._emit(structs.QUANTIZE, x, out, k=columns)
+            self.blocks[x] = out
+        return self.blocks[x]
+
     def _emit(self, kind: int, x: int, out: int, **fields: float | int | None) -> None:
+        self.blocks.pop(out, None)
         op = Op(kind=kind, picked=int(self.picked), x=x, out=out, rope=-1)
         op.ldx, op.ldo = self.buffers[x].stride, self.buffers[out].stride
         for name, value in fields.items():
@@ -152,44 +170,72 @@ class _Lowering:
     def _pack(self, name: str, gated: bool = False) -> PackedLinear:
         if (name, gated) not in self.packed:
             weight = self.tensors[name]
-            data = weight.data if isinstance(weight, PackedLinear) else weight
-            if data.dtype != torch.bfloat16 or data.device.type != "cpu":
-                raise CannotLower(f"{name} is {data.dtype} on {data.device}, not bfloat16 on cpu")
             if isinstance(weight, Tensor):
+                if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+                    held = f"{weight.dtype} on {weight.device}"
+                    raise CannotLower(f"{name} is {held}, not bfloat16 on cpu")
                 weight = pack_linear(weight, gated)
                 weight = replace(weight, data=self.arena.place(weight.data))
             elif weight.gated != gated:
                 raise CannotLower(f"{name} is packed {'without' if gated else 'with'} gates")
             self.packed[name, gated] = weight
             self.kept.append(weight.data)
+            if weight.scales is not None:
+                self.kept.append(weight.scales)
         return self.packed[name, gated]
+
+    def _is_quantized(self, name: str) -> bool:
+        weight = self.tensors[name]
+        return isinstance(weight, PackedLinear) and weight.format != "bf16"
 
     def _embed(self, op: Embed) -> None:
         """A table that the head multiplies with, too, is kept in the head's layout only."""
         is_packed = any(isinstance(o, Linear) and o.weight == op.table for o in self.spec.head_ops)
-        if is_packed:
+        where: dict[str, int | None] = {}
+        if is_packed or self._is_quantized(op.table):
             packed = self._pack(op.table)
-            columns, weight = packed.k, packed.data.data_ptr()
+            columns, where = packed.k, _address(packed)
         else:
             table = self._plain(op.table)
             if table.dtype != torch.bfloat16:
                 raise CannotLower(f"{op.table} is {table.dtype}, not bfloat16")
-            columns, weight = table.shape[1], self._keep(table.contiguous())
+            columns, where = table.shape[1], {"weight": self._keep(table.contiguous())}
         out = self._new(op.out, columns, torch.float32)
         mode = structs.PACKED if is_packed else structs.ROW_MAJOR
-        self._emit(structs.EMBED, out, out, mode=mode, k=columns, scale=op.scale, weight=weight)
+        self._emit(structs.EMBED, out, out, mode=mode, k=columns, scale=op.scale, **where)
 
-    def _rms_norm(self, op: RMSNorm) -> None:
+    def _rms_norm(self, op: RMSNorm, rest: Sequence[SpecOp]) -> None:
+        """Straight to blocks where the next op reads them and nothing else the values: `hidden` is
+        asked for those of the head."""
         x = self._read(op.x, torch.float32)
         columns = self.buffers[x].columns
         weight = self._keep(pack_norm(self._plain(op.weight), op.weight_offset))
+        fields = {"n": columns, "eps": op.eps, "weight": weight}
         out = self._new(op.out, columns, torch.bfloat16)
-        self._emit(structs.RMS_NORM, x, out, n=columns, eps=op.eps, weight=weight)
+        self.blocks.pop(out, None)
+        if not self.picked and self._only_products_read(op.out, rest):
+            blocks = self._new(f"blocks of {out}", columns, torch.uint8)
+            self._emit(structs.RMS_NORM, x, blocks, mode=structs.NORM_BLOCKS, **fields)
+            self.blocks[out] = blocks
+        else:
+            self._emit(structs.RMS_NORM, x, out, **fields)
+
+    def _only_products_read(self, name: str, rest: Sequence[SpecOp]) -> bool:
+        """Whether whatever reads it before it is written again multiplies quantised weights."""
+        for op in rest:
+            reads = op.qkv if isinstance(op, Attention) else None if isinstance(op, Embed) else op.x
+            if reads == name and not (isinstance(op, Linear) and self._is_quantized(op.weight)):
+                return False
+            if op.out == name:
+                break
+        return True
 
     def _linear(self, op: Linear, gate: GatedActivation | None = None) -> None:
         x = self._read(op.x, torch.bfloat16)
         packed = self._pack(op.weight, gate is not None)
         n, k = packed.n, packed.k
+        if packed.format != "bf16":
+            x = self._quantized(x)
         if gate is not None:
             mode = structs.SILU if gate.kind == "silu" else structs.GELU
             out = self._new(gate.out, n // 2, torch.bfloat16)
@@ -200,8 +246,8 @@ class _Lowering:
         bias = None
         if op.bias is not None:
             bias = self._keep(pack_bias(self._plain(op.bias), gate is not None))
-        num_rows, weight = packed.data.shape[0] * structs.PANEL, packed.data.data_ptr()
-        self._emit(structs.LINEAR, x, out, mode=mode, n=num_rows, k=k, weight=weight, extra=bias)
+        num_rows, where = packed.data.shape[0] * structs.PANEL, _address(packed)
+        self._emit(structs.LINEAR, x, out, mode=mode, n=num_rows, k=k, extra=bias, **where)
 
     def _attention(self, op: Attention) -> None:
         shape = op.shape
@@ -242,3 +288,12 @@ class _Lowering:
                 raise CannotLower(f"more than {structs.MAX_ROPES} kinds of rope")
             self.ropes.append(table)
         return self.ropes.index(table)
+
+
+def _address(weight: PackedLinear) -> dict[str, int | None]:
+    """Fields of an op that reads a packed weight."""
+    return {
+        "format": structs.FORMATS[weight.format],
+        "weight": weight.data.data_ptr(),
+        "scales": None if weight.scales is None else weight.scales.data_ptr(),
+    }

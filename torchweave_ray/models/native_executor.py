@@ -1,4 +1,5 @@
-"""The executor of the CPU: a DecoderSpec as one native call a step, in bf16 with fp32 sums.
+"""The executor of the CPU: a DecoderSpec as one native call a step, in bf16 or quantised with fp32
+sums.
 
 A row's result has the same bits alone and in any batch, however its prompt was chunked and
 whatever the number of threads; it depends on the instruction set. Owns packed weights and threads.
@@ -49,6 +50,7 @@ class NativeExecutor:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def hidden(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
-        """What the head's product reads for `inputs.logit_rows`: [R, hidden_size] float32."""
-        self._program.run(inputs, kv, len(self._lowered.code.ops) - 1)
+        """What the head's product reads for `inputs.logit_rows`: [R, hidden_size] float32, before
+        it is quantised."""
+        self._program.run(inputs, kv, self._lowered.num_hidden_ops)
         return self._program.buffer(self._lowered.head_input, inputs.logit_rows.shape[0]).float()

@@ -3,8 +3,9 @@
 #pragma once
 #include <stdint.h>
 
-#define TW_ABI 2
+#define TW_ABI 3
 #define TW_PANEL 32          // output columns of one packed panel
+#define TW_GROUP 32          // inputs that share a scale
 #define TW_SPLIT 256         // positions of an attention split: fixed and absolute
 #define TW_TILE 64           // positions of an attention tile: fixed and absolute
 #define TW_MAX_BUFFERS 16
@@ -17,12 +18,13 @@ extern "C" {
 
 enum TwOpKind {
     TW_EMBED = 0,     // out f32 = table[id] * scale
-    TW_RMS_NORM = 1,  // x f32 -> out bf16
-    TW_LINEAR = 2,    // x bf16 -> out, by mode
+    TW_RMS_NORM = 1,  // x f32 -> out, by mode
+    TW_LINEAR = 2,    // x bf16, or blocks where the weight is quantised -> out, by mode
     TW_ROPE_KV = 3,   // x f32 (qkv) -> out bf16 (queries), keys and values into the cache
     TW_ATTEND = 4,    // x bf16 (queries) -> out bf16
     TW_MERGE = 5,     // out bf16 from the partial results of sequences that were split
     TW_PICK = 6,      // out f32 [R] = x f32 [logit_rows]
+    TW_QUANTIZE = 7,  // x bf16 -> out blocks
 };
 
 enum TwLinearMode {
@@ -34,6 +36,23 @@ enum TwLinearMode {
 };
 
 enum TwEmbedMode { TW_ROW_MAJOR = 0, TW_PACKED = 1 };
+enum TwNormMode { TW_NORM_BF16 = 0, TW_NORM_BLOCKS = 1 };
+
+// Of a weight [n, k]; packing.py says how each lies in panels.
+enum TwFormat {
+    TW_BF16 = 0,
+    TW_INT8 = 1,          // (u8 code - 128) * scale: f32 a column
+    TW_INT8_GROUP32 = 2,  // (u8 code - 128) * scale: f16 a column and group
+    TW_INT4_GROUP32 = 3,  // 4-bit code * scale + minimum: f16 a column and group
+};
+
+// A row of quantised activations is ceil(k / 32) of these. A weight's group against one is
+// scale * (codes . (weights + 128) + offset).
+struct TwBlock {
+    int8_t codes[TW_GROUP];
+    float scale;
+    int32_t offset;  // -128 * sum of the codes
+};
 
 // Fields that an op does not name are unused. Strides (ld*) are elements.
 struct TwOp {
@@ -45,15 +64,16 @@ struct TwOp {
     int32_t rope;        // slot of the table; -1: none
     int32_t num_heads, num_kv_heads, head_dim;
     int32_t window;      // positions a query sees, itself included; 0: all
-    int32_t reserved;
+    int32_t format;      // of the weight: LINEAR, EMBED
     float eps;           // RMS_NORM, ROPE_KV
     float scale;         // EMBED, ATTEND
     float soft_cap;      // 0: none
     float reserved_f;
     int64_t n, k;        // LINEAR: out and in features; RMS_NORM, EMBED, PICK: columns
-    int64_t ldx, ldo;
-    const void* weight;  // packed bf16; RMS_NORM: f32; EMBED: bf16; ROPE_KV: f32 q norm or null
+    int64_t ldx, ldo;    // of blocks: bytes
+    const void* weight;  // packed; RMS_NORM: f32; row-major EMBED: bf16; ROPE_KV: f32 q norm or null
     const void* extra;   // LINEAR: f32 bias or null; ROPE_KV: f32 k norm or null
+    const void* scales;  // of a quantised weight
 };
 
 // One step's batch: T tokens of S sequences, R rows picked. See attention/base.py's StepInputs.
@@ -86,12 +106,19 @@ struct TwDraw {
     float min_p;
 };
 
+enum TwCeiling {
+    TW_READ = 0,           // memory: amount is bytes
+    TW_MULTIPLY_BF16 = 1,  // registers: amount is rounds of a few multiply-adds
+    TW_MULTIPLY_INT8 = 2,
+};
+
 struct TwTeam;
 
 #define TW_EXPORT __attribute__((visibility("default")))
 
 TW_EXPORT int32_t tw_abi(void);
-// Best instruction set of this machine that has kernels: 0 none, 1 avx2, 2 avx512, 3 avx512bf16.
+// Best instruction set of this machine that has kernels: 0 none, 1 avx2, 2 avx512, 3 avx512vnni,
+// 4 avx512bf16.
 TW_EXPORT int32_t tw_best_isa(void);
 TW_EXPORT struct TwTeam* tw_team_create(int32_t num_threads);
 TW_EXPORT void tw_team_destroy(struct TwTeam* team);
@@ -102,6 +129,10 @@ TW_EXPORT int32_t tw_run(struct TwTeam* team, int32_t isa, const struct TwOp* op
 TW_EXPORT int32_t tw_sample(struct TwTeam* team, int32_t isa, const float* logits, int64_t num_rows,
                             int64_t vocab, int64_t stride, const struct TwDraw* draws,
                             int64_t* token_ids);
+// Do only one of TwCeiling on all threads: bytes that were read, or operations that were done, or a
+// negative number. Threads share out the memory; each does all rounds.
+TW_EXPORT int64_t tw_ceiling(struct TwTeam* team, int32_t isa, int32_t what, const void* memory,
+                             int64_t amount);
 
 #ifdef __cplusplus
 }

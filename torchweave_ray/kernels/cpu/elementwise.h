@@ -1,7 +1,7 @@
 // Embedding, RMSNorm, rope with the KV write, and picking rows: one token or row a call.
 // Include after numeric.h.
 #pragma once
-#include "kernels.h"
+#include "blocks.h"
 
 namespace {
 
@@ -17,7 +17,9 @@ static void embed(const TwOp& op, const TwStep& step, int64_t token) {
     const int64_t id = step.input_ids[token];
     float* out = (float*)step.buffers[op.out] + token * op.ldo;
     const uint16_t* table = (const uint16_t*)op.weight;
-    if (op.mode == TW_PACKED) {
+    if (op.format != TW_BF16) {
+        for (int64_t i = 0; i < op.k; i++) out[i] = weight_at(op, id, i) * op.scale;
+    } else if (op.mode == TW_PACKED) {
         const int64_t pairs = (op.k + 1) / 2;
         const uint16_t* at = table + (id / TW_PANEL * pairs * TW_PANEL + id % TW_PANEL) * 2;
         for (int64_t i = 0; i < pairs; i++, at += TW_PANEL * 2) {
@@ -53,6 +55,16 @@ static void rms_norm(const TwOp& op, const TwStep& step, int64_t row) {
     const float* weight = (const float*)op.weight;
     const F scale = set1(inverse_rms(x, op.n, op.eps));
     int64_t i = 0;  // weights are padded with zeros to whole panels
+    if (op.mode == TW_NORM_BLOCKS) {
+        TwBlock* block = block_of(step.buffers[op.out], op.ldo, row);
+        for (; i < op.n; i += TW_GROUP, block++) {
+            F values[GROUP_VECS];
+            for (int v = 0; v < GROUP_VECS; v++)
+                values[v] = mul(mul(load(x + i + v * W), scale), load(weight + i + v * W));
+            quantize_block(values, block);
+        }
+        return;
+    }
     for (; i < op.n; i += W) store_bf16(out + i, mul(mul(load(x + i), scale), load(weight + i)));
     for (; i < op.ldo; i += W) store_bf16(out + i, zero());
 }

@@ -29,8 +29,10 @@ struct TwKernels {
                    float* partials);
     void (*merge)(const TwOp& op, const TwStep& step, const TwMerge& row, const float* partials);
     void (*pick)(const TwOp& op, const TwStep& step, int64_t row);
+    void (*quantize)(const TwOp& op, const TwStep& step, int64_t row);
     // `scratch` holds 4 * vocab floats.
     int64_t (*sample)(const float* logits, int64_t vocab, const TwDraw& draw, float* scratch);
+    int64_t (*ceiling)(int32_t what, const void* memory, int64_t amount);
 };
 
 // Accumulators of one row of attention, padded to whole vectors.
@@ -47,4 +49,5 @@ static inline int64_t tw_unit_rows(int64_t head_dim) {
 
 extern const TwKernels tw_kernels_avx2;
 extern const TwKernels tw_kernels_avx512;
+extern const TwKernels tw_kernels_avx512vnni;
 extern const TwKernels tw_kernels_avx512bf16;

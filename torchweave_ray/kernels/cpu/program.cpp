@@ -1,5 +1,6 @@
 // Runs a linear program of ops over one step's batch: threads share each op's units of work and
 // meet at a barrier behind it. Which thread computes a unit never changes a result.
+#include <atomic>
 #include <cstdlib>
 #include <vector>
 
@@ -81,6 +82,9 @@ void run_op(const Run& run, const TwOp& op, TwTeam& team, int thread) {
         case TW_PICK:
             share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.pick(op, step, i); });
             break;
+        case TW_QUANTIZE:
+            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.quantize(op, step, i); });
+            break;
         case TW_LINEAR: {
             const int64_t panels = (op.n + TW_PANEL - 1) / TW_PANEL;
             const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
@@ -121,7 +125,8 @@ const TwKernels* kernels_of(int32_t isa) {
 #if defined(__x86_64__)
     if (isa == 1) return &tw_kernels_avx2;
     if (isa == 2) return &tw_kernels_avx512;
-    if (isa == 3) return &tw_kernels_avx512bf16;
+    if (isa == 3) return &tw_kernels_avx512vnni;
+    if (isa == 4) return &tw_kernels_avx512bf16;
 #endif
     return nullptr;
 }
@@ -144,6 +149,26 @@ void run_sample(void* context, TwTeam& team, int thread) {
     std::free(scratch);
 }
 
+struct CeilingRun {
+    const TwKernels* kernels;
+    int32_t what;
+    const char* memory;
+    int64_t amount;
+    std::atomic<int64_t> done;
+};
+
+void run_ceiling(void* context, TwTeam& team, int thread) {
+    CeilingRun& run = *(CeilingRun*)context;
+    const char* memory = run.memory;
+    int64_t amount = run.amount;
+    if (run.what == TW_READ) {
+        const int64_t lines = amount / 64;
+        memory += lines * thread / team.size() * 64;
+        amount = lines * (thread + 1) / team.size() * 64 - lines * thread / team.size() * 64;
+    }
+    run.done.fetch_add(run.kernels->ceiling(run.what, memory, amount));
+}
+
 }  // namespace
 
 int32_t tw_abi(void) { return TW_ABI; }
@@ -153,8 +178,11 @@ int32_t tw_best_isa(void) {
     // These ask the operating system too: registers it does not save do not count.
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        if (!__builtin_cpu_supports("avx512vnni")) return 2;
+        return __builtin_cpu_supports("avx512bf16") ? 4 : 3;
+    }
+    // Every CPU with AVX2 has F16C, which this compiler's list of names need not know.
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
@@ -188,4 +216,11 @@ int32_t tw_sample(TwTeam* team, int32_t isa, const float* logits, int64_t num_ro
     if (run.kernels == nullptr) return -1;
     team->run(run_sample, &run);
     return 0;
+}
+
+int64_t tw_ceiling(TwTeam* team, int32_t isa, int32_t what, const void* memory, int64_t amount) {
+    CeilingRun run{kernels_of(isa), what, (const char*)memory, amount, {0}};
+    if (run.kernels == nullptr) return -1;
+    team->run(run_ceiling, &run);
+    return run.done.load();
 }

@@ -4,10 +4,12 @@
 #include "numeric.h"
 
 #include "attention.h"
+#include "ceiling.h"
 #include "elementwise.h"
 #include "matmul.h"
+#include "quantized.h"
 #include "sampler.h"
 
 extern const TwKernels tw_kernels_avx512bf16 = {
-    embed, rms_norm, linear, rope_kv, attend, merge, pick, sample,
+    embed, rms_norm, linear, rope_kv, attend, merge, pick, quantize, sample, ceiling,
 };

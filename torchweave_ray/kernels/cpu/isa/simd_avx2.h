@@ -9,6 +9,7 @@ typedef __m256 F;
 typedef __m256i P;
 constexpr int W = 8;
 constexpr int ROWS = 2;          // 8 accumulators of 16 registers
+constexpr int QUANTIZED_ROWS = 2;
 constexpr int SCORE_CHAINS = 4;
 constexpr int VALUE_ROWS = 2;
 
@@ -126,6 +127,47 @@ static inline void store_int8(int8_t* p, F v) {
 }
 
 static inline void store_pairs(uint16_t* p, P pairs) { _mm256_storeu_si256((__m256i*)p, pairs); }
+
+typedef P I;
+
+static inline I zero_i() { return _mm256_setzero_si256(); }
+static inline I set1_i32(const void* p) {
+    int32_t value;
+    __builtin_memcpy(&value, p, 4);
+    return _mm256_set1_epi32(value);
+}
+static inline I load_i(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+static inline I high_nibbles(I a) { return low_nibbles(_mm256_srli_epi32(a, 4)); }
+static inline F load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+static inline I dot_quads(I acc, I a, I b) {
+    const I even = _mm256_and_si256(a, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(a, 8);
+    const I b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), b_odd = _mm256_srai_epi16(b, 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, b_even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(odd, b_odd));
+}
+static inline I dot_nibbles(I acc, I a, I b) {
+    const I pairs = _mm256_maddubs_epi16(a, b);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline I abs_bits(F v) {
+    return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF));
+}
+static inline I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+static inline int32_t hmax_i(I a) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
+}
+static inline __m256i to_codes(const F* v) {
+    const I low = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+    const I high = _mm256_packs_epi32(_mm256_cvtps_epi32(v[2]), _mm256_cvtps_epi32(v[3]));
+    const I mixed = _mm256_packs_epi16(low, high);  // within halves of a register
+    return _mm256_permutevar8x32_epi32(mixed, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+}
+
 // keys[j] + at points to `pairs` (<= 16) pairs of position j -> out[pair][16 positions].
 static inline void transpose_pairs(const uint16_t* const* keys, int64_t at, int pairs,
                                    uint16_t* out) {

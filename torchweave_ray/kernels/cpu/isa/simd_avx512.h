@@ -12,6 +12,7 @@ constexpr int W = 16;            // lanes
 // Rows of x against one panel. 8 (16 accumulators) ran at 215-220 GFLOP/s on a Zen 4 core, where
 // 12 and 14, which also fit the registers, ran at 185-200.
 constexpr int ROWS = 8;
+constexpr int QUANTIZED_ROWS = 6;
 constexpr int SCORE_CHAINS = 12; // sums at a time of query rows by tiles of 16 positions
 constexpr int VALUE_ROWS = 4;    // query rows against the values of a position
 
@@ -138,6 +139,55 @@ static inline void store_int16(int16_t* p, F v) {
 }
 
 static inline void store_pairs(uint16_t* p, P pairs) { _mm512_storeu_si512(p, pairs); }
+
+// `I` holds whole numbers: 32-bit ones, or quads of 8-bit ones.
+typedef P I;
+
+static inline I zero_i() { return _mm512_setzero_si512(); }
+static inline I set1_i32(const void* p) {
+    int32_t value;
+    __builtin_memcpy(&value, p, 4);
+    return _mm512_set1_epi32(value);
+}
+static inline I load_i(const void* p) { return _mm512_loadu_si512(p); }
+static inline I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+static inline I high_nibbles(I a) { return low_nibbles(_mm512_srli_epi32(a, 4)); }
+static inline F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+// acc + the sum of a's four unsigned bytes times b's four signed ones, exact.
+static inline I dot_quads(I acc, I a, I b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(acc, a, b);
+#else  // in 16 bits each: sums of 8-bit products in pairs do not fit there
+    const I even = _mm512_and_si512(a, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(a, 8);
+    const I b_even = _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), b_odd = _mm512_srai_epi16(b, 8);
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even, b_even));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(odd, b_odd));
+#endif
+}
+// The same where a's bytes are at most 15.
+static inline I dot_nibbles(I acc, I a, I b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(acc, a, b);
+#else
+    const I pairs = _mm512_maddubs_epi16(a, b);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+// The bits of |v|: NaN and infinity are larger than all others as whole numbers, too.
+static inline I abs_bits(F v) {
+    return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+}
+static inline I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+static inline int32_t hmax_i(I a) { return _mm512_reduce_max_epi32(a); }
+// 32 floats within [-128, 127], rounded to nearest even.
+static inline __m256i to_codes(const F* v) {
+    const __m128i low = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v[0]));
+    const __m128i high = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v[1]));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
 // keys[j] + at points to `pairs` (<= 16) pairs of position j -> out[pair][16 positions].
 static inline void transpose_pairs(const uint16_t* const* keys, int64_t at, int pairs,
                                    uint16_t* out) {

@@ -1,0 +1,15 @@
+// The kernels compiled for one instruction set; setup.py gives the flags by this file's name.
+#include "simd_avx512.h"
+
+#include "numeric.h"
+
+#include "attention.h"
+#include "ceiling.h"
+#include "elementwise.h"
+#include "matmul.h"
+#include "quantized.h"
+#include "sampler.h"
+
+extern const TwKernels tw_kernels_avx512vnni = {
+    embed, rms_norm, linear, rope_kv, attend, merge, pick, quantize, sample, ceiling,
+};
