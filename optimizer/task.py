@@ -26,6 +26,12 @@ def stage_artifact(recipe: str | Recipe, store: str | Path | None = None) -> Pat
     return optimize(recipe, None if store is None else Path(store), LogProgress())
 
 
+def check_recipe(recipe: str) -> None:
+    """Raises ConfigError, naming the nearest recipe, for what can mean no model. Fetches nothing:
+    whether a hub has that id is only found out when it is staged."""
+    resolve_recipe(recipe)
+
+
 def stage_task() -> Any:
     """`stage_artifact` as a Ray remote function. It takes no CPU: a replica may hold them all."""
     import ray

@@ -8,52 +8,63 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
+from torchweave_ray.models.tensors import StoredTensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""By the manifest's word: what a model may be computed in."""
+_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
 _ALIGNMENT = 4096  # of the data in the file: readers map it and use it in place
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    name: str
-    shape: tuple[int, ...]
 
 
 def write_tensors(
     path: Path,
-    dtype: str,
-    entries: Sequence[Entry],
+    entries: Sequence[StoredTensor],
     parts: Iterable[Tensor],
     advance: Callable[[int], None],
 ) -> None:
-    """Write `entries` in this order. `parts` are tensors whose data follow one another: a tensor
-    concatenated along its first axis may come in pieces. Equal arguments give equal bytes.
+    """Write `entries` in this order. `parts` are tensors whose data follow one another, each of
+    one entry: a tensor concatenated along its first axis may come in pieces, and floats in another
+    dtype than they are written in. Equal arguments give equal bytes.
     """
-    code, torch_dtype = _DTYPES[dtype]
-    header, total = _header(code, torch_dtype.itemsize, entries)
+    header, total = _header(entries)
     written = 0
+    left = list(entries)
+    room = _size(left[0]) if left else 0
     with path.open("wb") as file:
         file.write(header)
         for part in parts:
-            data = part.to(torch_dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+            if room == 0:
+                left.pop(0)
+                room = _size(left[0])
+            data = part.to(left[0].dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
             file.write(data.data)
+            room -= data.nbytes
             written += data.nbytes
             advance(data.nbytes)
-    assert written == total
+    assert (written, room) == (total, 0)
 
 
-def _header(code: str, itemsize: int, entries: Sequence[Entry]) -> tuple[bytes, int]:
+def _size(entry: StoredTensor) -> int:
+    return entry.dtype.itemsize * torch.Size(entry.shape).numel()
+
+
+def _header(entries: Sequence[StoredTensor]) -> tuple[bytes, int]:
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
-        end = offset + itemsize * torch.Size(entry.shape).numel()
+        end = offset + _size(entry)
         fields[entry.name] = {
-            "dtype": code,
+            "dtype": _CODES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [offset, end],
         }

@@ -20,8 +20,8 @@ from torchweave_ray.bench.origin import save_results
 from torchweave_ray.models.artifact import TOKENIZER, verify_artifact
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.tensors import fuse, fused_tensors
 from torchweave_ray.models.torch_executor import TorchExecutor
-from torchweave_ray.models.weights import fuse, fused_tensors
 
 
 def source_in_fp32(source: Path, config: ModelConfig) -> MeasuredModel:

@@ -8,7 +8,8 @@ from pathlib import Path
 from optimizer.pipeline import optimize
 
 
-def staged_smollm2() -> Path:
-    """The artifact, out of the store that TORCHWEAVE_TEST_STORE names or ~/.cache holds."""
+def staged_smollm2(recipe: str = "smollm2-135m") -> Path:
+    """An embedded recipe's artifact, out of the store that TORCHWEAVE_TEST_STORE names or ~/.cache
+    holds."""
     default = Path.home() / ".cache" / "torchweave" / "test-artifacts"
-    return optimize("smollm2-135m", Path(os.environ.get("TORCHWEAVE_TEST_STORE") or default))
+    return optimize(recipe, Path(os.environ.get("TORCHWEAVE_TEST_STORE") or default))

@@ -29,7 +29,7 @@ from torchweave_ray.models.artifact import (
     seal,
 )
 from torchweave_ray.models.config import ModelConfig
-from torchweave_ray.models.weights import LAYOUT, fuse, fused_tensors
+from torchweave_ray.models.tensors import LAYOUT, fuse, fused_tensors
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Ids 0, 1, 2; the last one ends a text."""

@@ -6,11 +6,17 @@ from pathlib import Path
 
 from optimizer.checkpoints.checkpoint import Checkpoint, TensorInfo
 from optimizer.checkpoints.gguf_file import GgufCheckpoint
+from optimizer.checkpoints.random_weights import RandomCheckpoint
 from optimizer.checkpoints.safetensors_folder import SafetensorsFolder
+from optimizer.sources.random_weights import MODEL
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Raises ArtifactError naming what is missing, damaged or not supported."""
-    return GgufCheckpoint(path) if path.is_file() else SafetensorsFolder(path)
+    if path.is_file():
+        return GgufCheckpoint(path)
+    if (path / MODEL).is_file():
+        return RandomCheckpoint(path, open_checkpoint)
+    return SafetensorsFolder(path)

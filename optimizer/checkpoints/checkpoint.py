@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from torchweave_ray.kernels.quantization import QuantizedLinear
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -27,6 +29,11 @@ class Checkpoint(Protocol):
 
     def load(self, name: str) -> Tensor:
         """The tensor in a floating point dtype that holds all its digits."""
+        ...
+
+    def codes(self, name: str) -> QuantizedLinear | None:
+        """The matrix as the source has quantised it, if that is one of our formats: its
+        `dequantize` gives the very numbers of `load`."""
         ...
 
     def documents(self) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from optimizer.checkpoints.checkpoint import TensorInfo, json_document
+from optimizer.checkpoints.gguf_codes import read_codes
 from optimizer.checkpoints.gguf_config import hf_config, hf_generation_config
 from optimizer.checkpoints.gguf_tokenizer import tokenizer_config, tokenizer_json
 from torchweave_ray.errors import ArtifactError
+from torchweave_ray.kernels.quantization import QuantizedLinear
 from torchweave_ray.models.artifact import (
     CONFIG,
     GENERATION_CONFIG,
@@ -104,11 +107,24 @@ class GgufCheckpoint:
         if not values.flags.writeable:  # F32 and F16 come as views of the mapped file
             values = values.copy()
         loaded = torch.from_numpy(values.astype(np.float32, copy=False)).reshape(_shape(tensor))
+        return self._ordered(name, loaded)
+
+    def codes(self, name: str) -> QuantizedLinear | None:
+        """Of Q8_0, Q4_0 and Q4_1, in Hugging Face's order of rows."""
+        tensor = self._by_name[name]
+        found = read_codes(tensor.data, tensor.tensor_type)
+        if found is None:
+            return None
+        mins = None if found.mins is None else self._ordered(name, found.mins)
+        codes, scales = self._ordered(name, found.codes), self._ordered(name, found.scales)
+        return replace(found, codes=codes, scales=scales, mins=mins)
+
+    def _ordered(self, name: str, rows: Tensor) -> Tensor:
         if ".q_proj." in name:
-            return _unpermute(loaded, self._config["num_attention_heads"])
+            return _unpermute(rows, self._config["num_attention_heads"])
         if ".k_proj." in name:
-            return _unpermute(loaded, self._config["num_key_value_heads"])
-        return loaded
+            return _unpermute(rows, self._config["num_key_value_heads"])
+        return rows
 
     def documents(self) -> dict[str, bytes]:
         return {

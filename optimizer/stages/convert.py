@@ -15,14 +15,12 @@ from optimizer.checkpoints import Checkpoint, open_checkpoint
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.stages.fetch import fetched_path
-from optimizer.tensor_file import Entry, write_tensors
+from optimizer.tensor_file import DTYPES, write_tensors
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import CONFIG, TOKENIZER, WEIGHTS, Manifest
 from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
-from torchweave_ray.models.weights import check_source_names, fused_tensors
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+from torchweave_ray.models.tensors import StoredTensor, check_source_names, fused_tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ConvertStage:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"dtype": self.recipe.dtype}
+        return {"dtype": self.recipe.dtype, "quantization": self.recipe.quantization.canonical()}
 
     def run(self, work: Path, manifest: Manifest) -> Manifest:
         """Fills `architecture`, `dtype` and the canonical `recipe`."""
@@ -43,18 +41,31 @@ class ConvertStage:
         build_spec(config)
         names = _checked_names(config, checkpoint)
         _check_tokenizer(documents[TOKENIZER], config)
-        asked = self.recipe.dtype
-        dtype = _source_dtype(checkpoint, names) if asked == "auto" else asked
+        dtype = self._dtype(checkpoint, names)
         folder = work / self.name
         folder.mkdir(exist_ok=True)
         for name, document in documents.items():
             (folder / name).write_bytes(document)
-        entries = [Entry(name, checkpoint.tensors[name].shape) for name in names]
-        self.progress.expect(_ITEMSIZE[dtype] * sum(_count(entry.shape) for entry in entries))
+        entries = [
+            StoredTensor(name, checkpoint.tensors[name].shape, DTYPES[dtype]) for name in names
+        ]
+        itemsize = DTYPES[dtype].itemsize
+        self.progress.expect(itemsize * sum(_count(entry.shape) for entry in entries))
         parts = (checkpoint.load(name) for name in names)
-        write_tensors(folder / WEIGHTS, dtype, entries, parts, self.progress.advance)
-        canonical = {"dtype": dtype, "quantization": self.recipe.quantization}
+        write_tensors(folder / WEIGHTS, entries, parts, self.progress.advance)
+        canonical = {"dtype": dtype, "quantization": self.recipe.quantization.canonical()}
         return replace(manifest, architecture=config.architecture, dtype=dtype, recipe=canonical)
+
+    def _dtype(self, checkpoint: Checkpoint, names: list[str]) -> str:
+        """float32 only if it is asked for, or every matrix of the source is; float16, quantised
+        sources and quantised artifacts become bfloat16."""
+        if self.recipe.dtype != "auto":
+            return self.recipe.dtype
+        if self.recipe.quantization.is_any:
+            return "bfloat16"
+        shapes = {name: checkpoint.tensors[name] for name in names}
+        matrices = [tensor.dtype for tensor in shapes.values() if len(tensor.shape) > 1]
+        return "float32" if set(matrices) <= {"F32", "F64"} else "bfloat16"
 
 
 def _checked_names(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
@@ -83,14 +94,6 @@ def _check_tokenizer(document: bytes, config: ModelConfig) -> None:
         raise ArtifactError(
             f"{TOKENIZER} has token id {highest}, the embedding only {config.vocab_size} rows"
         )
-
-
-def _source_dtype(checkpoint: Checkpoint, names: list[str]) -> str:
-    """float32 only if every matrix is; float16 and quantised sources become bfloat16."""
-    matrices = [
-        checkpoint.tensors[name] for name in names if len(checkpoint.tensors[name].shape) > 1
-    ]
-    return "float32" if all(tensor.dtype in ("F32", "F64") for tensor in matrices) else "bfloat16"
 
 
 def _parse(document: bytes) -> dict[str, Any]:

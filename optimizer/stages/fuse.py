@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from optimizer.progress import Progress
-from optimizer.tensor_file import Entry, write_tensors
+from optimizer.tensor_file import DTYPES, write_tensors
 from torchweave_ray.models.artifact import WEIGHTS, Manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.weights import LAYOUT, FusedTensor, fused_tensors
+from torchweave_ray.models.tensors import LAYOUT, FusedTensor, StoredTensor, fused_tensors
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class FuseStage:
         for path in source.glob("*.json"):
             shutil.copyfile(path, folder / path.name)
         fused = fused_tensors(ModelConfig.from_hf(read_hf_config(source)))
-        entries = [Entry(tensor.name, tensor.shape) for tensor in fused]
+        dtype = DTYPES[manifest.dtype]
+        entries = [StoredTensor(tensor.name, tensor.shape, dtype) for tensor in fused]
         self.progress.expect((source / WEIGHTS).stat().st_size)
         write_tensors(
             folder / WEIGHTS,
-            manifest.dtype,
             entries,
             _parts(source / WEIGHTS, fused),
             self.progress.advance,

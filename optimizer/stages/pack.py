@@ -1,4 +1,4 @@
-"""Stage 4: weights as the CPU kernels read them: a replica maps the file and copies nothing.
+"""Stage 5: weights as the CPU kernels read them: a replica maps the file and copies nothing.
 
 The same bytes for every instruction set and thread count, so the artifact serves any machine.
 """
@@ -11,17 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.store import link_file, sync_path
-from optimizer.tensor_file import Entry, write_tensors
+from optimizer.tensor_file import DTYPES, write_tensors
 from torchweave_ray.models.artifact import WEIGHTS, Manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.mapped_file import cache_in_huge_pages
-from torchweave_ray.models.weights import PACKED, FusedTensor, fused_tensors, stored_order
+from torchweave_ray.models.tensors import (
+    PACKED,
+    QUANTIZED,
+    FusedTensor,
+    fused_tensors,
+    stored_order,
+)
 
 
 @dataclass(frozen=True)
@@ -32,35 +39,37 @@ class PackStage:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"asked": self.recipe.layout, "layout": PACKED}
+        return {"asked": self.recipe.layout, "layouts": [PACKED, QUANTIZED]}
 
     def run(self, work: Path, manifest: Manifest) -> Manifest:
         """Sets `layout` where the weights are bfloat16 and the recipe leaves it to us."""
-        source, folder = work / "fuse", work / self.name
+        documents, weights, folder = work / "fuse", work / "quantize" / WEIGHTS, work / self.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for path in source.glob("*.json"):
+        for path in documents.glob("*.json"):
             link_file(path, folder / path.name)
-        size = (source / WEIGHTS).stat().st_size
+        size = weights.stat().st_size
         self.progress.expect(size)
         if self.recipe.layout == "fused" or manifest.dtype != "bfloat16":
-            link_file(source / WEIGHTS, folder / WEIGHTS)
+            link_file(weights, folder / WEIGHTS)
             self.progress.advance(size)
             return manifest
-        tensors = stored_order(fused_tensors(ModelConfig.from_hf(read_hf_config(source))), PACKED)
+        layout = QUANTIZED if manifest.quantization else PACKED
+        config = ModelConfig.from_hf(read_hf_config(documents))
+        tensors = stored_order(fused_tensors(config, manifest.quantization), layout)
+        dtype = DTYPES[manifest.dtype]
         write_tensors(
             folder / WEIGHTS,
-            manifest.dtype,
-            [Entry(tensor.name, tensor.stored_shape(PACKED)) for tensor in tensors],
-            _packed(source / WEIGHTS, tensors),
+            [entry for tensor in tensors for entry in tensor.stored(layout, dtype)],
+            _packed(weights, tensors, dtype),
             self.progress.advance,
         )
         sync_path(folder / WEIGHTS)
         cache_in_huge_pages(folder / WEIGHTS)
-        return replace(manifest, layout=PACKED)
+        return replace(manifest, layout=layout)
 
 
-def _packed(path: Path, tensors: Sequence[FusedTensor]) -> Iterator[Tensor]:
+def _packed(path: Path, tensors: Sequence[FusedTensor], dtype: torch.dtype) -> Iterator[Tensor]:
     with safe_open(path, framework="pt", device="cpu") as file:
         for tensor in tensors:
-            yield tensor.pack(file.get_tensor(tensor.name))
+            yield from tensor.pack([file.get_tensor(e.name) for e in tensor.row_major(dtype)])

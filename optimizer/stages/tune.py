@@ -1,4 +1,4 @@
-"""Stage 6: what steps of this model cost on this machine, for schedulers that count milliseconds.
+"""Stage 7: what steps of this model cost on this machine, for schedulers that count milliseconds.
 
 The result belongs to the machine, not to the model: it goes into the report, under a fingerprint.
 """

@@ -1,4 +1,4 @@
-"""Stage 5: the packed model beside its source as dequantised, in fp32: close enough, or refused.
+"""Stage 6: the packed model beside its source as dequantised, in fp32: close enough, or refused.
 
 Runs what a replica on this machine would run. The source is held in memory, 4 bytes a parameter.
 """
@@ -25,8 +25,8 @@ from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import TOKENIZER, Manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.tensors import fuse, fused_tensors
 from torchweave_ray.models.torch_executor import TorchExecutor
-from torchweave_ray.models.weights import fuse, fused_tensors
 
 RESULT = "quality.json"
 _DIGITS = 6

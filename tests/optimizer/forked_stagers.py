@@ -25,6 +25,7 @@ import optimizer.stages.convert
 import optimizer.stages.fuse
 import optimizer.stages.pack
 import optimizer.stages.publish
+import optimizer.stages.quantize
 import optimizer.stages.seal
 import optimizer.stages.tune
 import optimizer.stages.verify  # noqa: F401 - loaded here once, not in every child

@@ -15,7 +15,7 @@ import pytest
 from optimizer.pipeline import optimize
 from tests.tiny import make_checkpoint
 
-STAGES = ["fetch", "convert", "fuse", "pack", "verify", "tune", "seal", "publish"]
+STAGES = ["fetch", "convert", "fuse", "quantize", "pack", "verify", "tune", "seal", "publish"]
 
 
 def _run(*arguments: object) -> list[Any]:

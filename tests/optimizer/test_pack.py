@@ -25,7 +25,8 @@ from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.lowering import lower
 from torchweave_ray.models.mapped_file import cache_in_huge_pages, map_tensors
 from torchweave_ray.models.registry import build_spec
-from torchweave_ray.models.weights import LAYOUT, PACKED, load_weights, map_packed
+from torchweave_ray.models.tensors import LAYOUT, PACKED
+from torchweave_ray.models.weights import load_weights, map_packed
 from torchweave_ray.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")

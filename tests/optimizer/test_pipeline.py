@@ -60,7 +60,16 @@ def test_the_artifact_holds_the_fused_model(tmp_path: Path, source: Path) -> Non
     assert (artifact / "config.json").read_bytes() == (source / "config.json").read_bytes()
     report = json.loads((artifact / "report.json").read_text())
     stages = {stage["name"]: stage for stage in report["stages"]}
-    assert list(stages) == ["fetch", "convert", "fuse", "pack", "verify", "tune", "seal"]
+    assert list(stages) == [
+        "fetch",
+        "convert",
+        "fuse",
+        "quantize",
+        "pack",
+        "verify",
+        "tune",
+        "seal",
+    ]
     assert all(stage["num_bytes"] > 0 and stage["seconds"] > 0 for stage in stages.values())
     assert list((store / ".work").iterdir()) == []
 
@@ -189,7 +198,7 @@ def test_a_full_disk_leaves_the_old_artifact_and_the_next_run_goes_on(
     verify_artifact(first, full=True)
     recorder = Recorder()
     optimize(source, store, recorder)
-    assert recorder.started == ["fuse", "pack", "verify", "tune", "seal", "publish"]
+    assert recorder.started == ["fuse", "quantize", "pack", "verify", "tune", "seal", "publish"]
 
 
 def test_the_pin_is_held(tmp_path: Path, source: Path) -> None:

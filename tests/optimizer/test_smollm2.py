@@ -7,6 +7,7 @@ with parse_special).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from optimizer.checkpoints import open_checkpoint
+from optimizer.pipeline import optimize
 from optimizer.recipe import resolve_recipe
 from optimizer.sources import IndexSource
 from tests.smollm2 import staged_smollm2
 from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.models.artifact import read_manifest, read_report, verify_artifact
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.weights import PACKED, fused_tensors, load_weights, map_packed
+from torchweave_ray.models.tensors import PACKED, QUANTIZED, fused_tensors
+from torchweave_ray.models.weights import load_weights, map_packed
 
 pytestmark = pytest.mark.weights
 ROWS: list[tuple[str, list[int]]] = json.loads(
@@ -81,6 +85,46 @@ def test_quality(artifact: Path) -> None:
     assert quality["kl"] < 0.0015
     assert quality["top1"] > 0.965
     assert quality["perplexity"] / quality["reference_perplexity"] < 1.002
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m-int8", "smollm2-135m-int4"])
+def test_quantised_recipes_pass_their_bars_on_the_kernels(name: str) -> None:
+    """And beat them: numbers at the bar would say that the bar was set to them."""
+    artifact = staged_smollm2(name)
+    manifest = verify_artifact(artifact, full=True)
+    assert (manifest.layout, manifest.dtype) == (QUANTIZED, "bfloat16")
+    report = read_report(artifact)
+    quality, bars = report["quality"], report["quality"]["bars"]
+    assert quality["num_tokens"] == 1020
+    assert quality["kl"] < bars["max_kl"] < 0.02
+    assert quality["top1"] > bars["min_top1"] > 0.9
+    ratio = quality["perplexity"] / quality["reference_perplexity"]
+    assert ratio < bars["max_perplexity_ratio"] < 1.03
+    stored = map_packed(artifact, ModelConfig.from_hf(read_hf_config(artifact)))
+    formats = [t.format for t in stored.values() if isinstance(t, PackedLinear)]
+    assert formats.count("int8-group32") == 1
+    assert len(formats) == 4 * 30 + 1
+    assert report["tuning"]["fingerprint"]["executor"] == quality["executor"]
+
+
+def test_the_int4_recipe_holds_the_numbers_of_the_source(gguf_file: Path, tmp_path: Path) -> None:
+    """Every weight, bit for bit, beside gguf's own dequantisation."""
+    recipe = replace(
+        resolve_recipe("smollm2-135m-int4"), source=str(gguf_file), sha256=None, verify="none"
+    )
+    artifact = optimize(recipe, tmp_path)
+    groups = read_report(artifact)["quantization"]
+    lossless = {name: (g["num_lossless"], g["num_rounded"]) for name, g in groups.items()}
+    assert lossless == {"head": (1, 0), "layers": (4 * 30, 0)}
+    config = ModelConfig.from_hf(read_hf_config(artifact))
+    ours = load_weights(artifact, config, torch.float32, torch.device("cpu"))
+    source = open_checkpoint(gguf_file)
+    for fused in fused_tensors(config):
+        wanted = torch.cat([source.load(name) for name in fused.sources])
+        if not fused.group:
+            wanted = wanted.bfloat16().float()
+        assert torch.equal(ours[fused.name], wanted), fused.name
 
 
 @pytest.mark.parametrize(("text", "ids"), ROWS)

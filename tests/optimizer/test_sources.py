@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer
 
+from optimizer.checkpoints.random_weights import cut_tokenizer
 from optimizer.pipeline import optimize
 from optimizer.progress import SilentProgress
 from optimizer.recipe import Recipe
@@ -19,6 +24,8 @@ from tests.optimizer.gguf_files import make_gguf
 from tests.tiny import make_checkpoint
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import file_sha256, read_manifest, verify_artifact
+from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.weights import load_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -163,3 +170,65 @@ def test_a_hub_id_from_the_command_line(tmp_path: Path, hub: tuple[str, Path]) -
     assert offline.returncode == 1
     assert "connect, or copy the model to a folder" in offline.stderr.splitlines()[-1]
     assert "Traceback" not in offline.stderr
+
+
+RANDOM_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 290,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+
+
+def _random(tokenizer: Path, seed: int = 0, **config: Any) -> Recipe:
+    return Recipe(
+        "shape",
+        f"random:{seed}",
+        dtype="bfloat16",
+        verify="none",
+        config=RANDOM_CONFIG | config,
+        tokenizer=str(tokenizer),
+    )
+
+
+def test_random_weights_of_any_shape(tmp_path: Path) -> None:
+    lent = make_checkpoint(tmp_path / "tiny")
+    artifact = optimize(_random(lent), tmp_path / "store")
+    manifest = read_manifest(artifact)
+    assert (manifest.source, manifest.dtype) == ("random:0", "bfloat16")
+    config = ModelConfig.from_hf(read_hf_config(artifact))
+    weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
+    assert weights["layers.1.gate_up_proj.weight"].shape == (192, 64)
+    assert weights["head.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(weights["norm.weight"], torch.ones(64))
+    q, k, v = weights["layers.0.qkv_proj.weight"].split([64, 16, 16])
+    assert not torch.equal(k, v)
+    assert not torch.equal(q[:16], k)
+    again = optimize(_random(lent), tmp_path / "again")
+    assert again.name == artifact.name
+    others = [_random(lent, seed=1), _random(lent, rms_norm_eps=1e-6)]
+    names = {optimize(recipe, tmp_path / "store").name for recipe in others}
+    assert len(names | {artifact.name}) == 3
+
+
+def test_a_random_model_has_a_real_tokenizer(tmp_path: Path) -> None:
+    lent = make_checkpoint(tmp_path / "tiny")
+    artifact = optimize(_random(lent), tmp_path / "store")
+    tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
+    whole = Tokenizer.from_file(str(lent / "tokenizer.json"))
+    assert (whole.get_vocab_size(), tokenizer.get_vocab_size()) == (300, 290)
+    text = "<|im_start|>Gravity is the force of a naïve 你好 star.<|im_end|>"
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert max(ids) < 290
+    settings = json.loads((artifact / "tokenizer_config.json").read_text())
+    assert (settings["model_max_length"], "chat_template" in settings) == (128, True)
+    with pytest.raises(ArtifactError, match="tokenizer of type 'WordLevel' cannot be cut"):
+        cut_tokenizer(b'{"model": {"type": "WordLevel"}}', 10)

@@ -13,7 +13,8 @@ from tests.parity.paged import PagedDecoder, Text
 from tests.smollm2 import staged_smollm2
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.weights import fused_tensors, load_weights
+from torchweave_ray.models.tensors import fused_tensors
+from torchweave_ray.models.weights import load_weights
 from torchweave_ray.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.weights

@@ -17,8 +17,9 @@ from torchweave_ray.models.artifact import MANIFEST, WEIGHTS, read_manifest, ver
 from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import Embed, Linear, Op, RMSNorm
+from torchweave_ray.models.tensors import check_source_names, fuse, fused_tensors
 from torchweave_ray.models.torch_executor import TorchExecutor
-from torchweave_ray.models.weights import check_source_names, fuse, fused_tensors, load_weights
+from torchweave_ray.models.weights import load_weights
 
 CPU = torch.device("cpu")
 

@@ -108,6 +108,16 @@ def test_bad_arguments_are_told_before_ray_starts(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key 'recipee'")
 
 
+def test_a_mistyped_recipe_is_told_before_ray_starts() -> None:
+    command = [sys.executable, "-m", "torchweave_ray.cli", "serve", "--recipe", "smollm2-135m-int9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: source 'smollm2-135m-int9'")
+    assert last.endswith("did you mean 'smollm2-135m-int8'?")
+    assert "Ray" not in done.stdout
+
+
 def test_two_runs_on_one_host_share_nothing(tmp_path: Path) -> None:
     first, second = haproxy_profile(tmp_path / "a"), haproxy_profile(tmp_path / "b")
     for name, value in first.items():

@@ -22,7 +22,7 @@ def optimize(
         typer.Option(help="Folder of artifacts. Default: ARTIFACT_DIR, or ./artifacts."),
     ] = None,
 ) -> None:
-    """Stage a model: fetch, convert, fuse, check and publish it as one artifact.
+    """Stage a model: fetch, convert, fuse, quantise, pack, check and publish it as one artifact.
 
     Prints the artifact's folder. A model that is staged already takes no time.
     """

@@ -2,7 +2,8 @@
 
     artifact/
       manifest.json            this module's `Manifest`
-      model.safetensors        fused tensors under the names DecoderSpec uses, packed or row-major
+      model.safetensors        fused tensors under the names DecoderSpec uses, packed or row-major;
+                               of quantised ones codes, and scales as "<name>.scales"
       config.json              the source's Hugging Face config
       generation_config.json   its end tokens and sampling defaults, if it had one
       tokenizer.json, tokenizer_config.json (with the chat template)
@@ -49,13 +50,14 @@ class Manifest:
     source_sha256: str
     architecture: str
     dtype: str
+    """Of activations and the KV cache, and of weights that are not quantised."""
     layout: str
     """Packed layout of the weights; "fused" = plain row-major tensors, qkv and gate-up fused."""
     files: dict[str, FileEntry]
     revision: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, str] = field(default_factory=dict)
-    """By tensor group; {} = none."""
+    """Format by tensor group; "none" by the name of a tensor that was left out; {} = none."""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:

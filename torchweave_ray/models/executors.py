@@ -23,8 +23,9 @@ from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.lowering import CannotLower
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.tensors import LAYOUT
 from torchweave_ray.models.torch_executor import TorchExecutor
-from torchweave_ray.models.weights import PACKED, load_weights, map_packed
+from torchweave_ray.models.weights import load_weights, map_packed
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def open_executor(
         try:
             library = load_library()
             stored: Mapping[str, Tensor | PackedLinear]
-            if manifest.layout == PACKED and dtype == torch.bfloat16 and device.type == "cpu":
+            if manifest.layout != LAYOUT and dtype == torch.bfloat16 and device.type == "cpu":
                 stored = map_packed(directory, config, manifest)
             else:
                 stored = plain = load_weights(directory, config, dtype, device, manifest)

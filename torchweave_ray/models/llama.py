@@ -18,7 +18,7 @@ from torchweave_ray.models.spec import (
     RMSNorm,
     Rope,
 )
-from torchweave_ray.models.weights import EMBED, HEAD, NORM, fused_tensors, layer_name
+from torchweave_ray.models.tensors import EMBED, HEAD, NORM, fused_tensors, layer_name
 
 
 def build_llama(config: ModelConfig) -> DecoderSpec:

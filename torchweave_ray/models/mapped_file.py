@@ -17,7 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+}
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

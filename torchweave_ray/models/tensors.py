@@ -1,0 +1,236 @@
+"""An artifact's tensors: of which Hugging Face tensors each is made, and how a file holds it.
+
+The one place that knows both namings, which tensors are packed and in which format. The optimizer
+converts, fuses, quantises and packs by `fused_tensors`, weights.py reads by it. Knows no ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from torchweave_ray.errors import ArtifactError
+from torchweave_ray.kernels import packing
+from torchweave_ray.kernels.packing import PackedLinear, pack_linear, packed_shape, scales_shape
+from torchweave_ray.kernels.quantization import GROUP, Format, QuantizedFormat, QuantizedLinear
+from torchweave_ray.models.config import ModelConfig
+
+EMBED = "embed.weight"
+NORM = "norm.weight"
+HEAD = "head.weight"
+LAYOUT = "fused"
+"""`Manifest.layout` of plain row-major tensors under the names of `fused_tensors`."""
+PACKED = packing.LAYOUT
+"""`Manifest.layout` of the same names, the weights of products as the CPU kernels read them."""
+QUANTIZED = "quantized-panels-32"
+"""As PACKED, with quantised weights: codes under the name, scales under it with SCALES."""
+SCALES = ".scales"
+MINS = ".mins"
+NOT_QUANTIZED = "none"
+"""In `Manifest.quantization`, by the name of a tensor that its group's format does not cover."""
+Packing = Literal["none", "linear", "gated"]
+"""How PACKED holds a tensor: as it is; by `pack_linear`; by `pack_linear` with its gates and ups
+interleaved."""
+Group = Literal["", "layers", "head"]
+"""Products of the layers; the head's, which is the embedding where they are tied; no product."""
+GROUPS: tuple[Group, ...] = ("layers", "head")
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class FusedTensor:
+    """A tensor of the artifact: its sources, concatenated along the first axis in this order."""
+
+    name: str
+    sources: tuple[str, ...]
+    """Hugging Face names."""
+    source_shapes: tuple[tuple[int, ...], ...]
+    packing: Packing = "none"
+    group: Group = ""
+    format: Format = "bf16"
+    """Of the weights of a product."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(s[0] for s in self.source_shapes), *self.source_shapes[0][1:])
+
+    def row_major(self, dtype: torch.dtype) -> tuple[StoredTensor, ...]:
+        """As it lies before it is packed; `dtype` where it is not quantised."""
+        if self.format == "bf16":
+            return (StoredTensor(self.name, self.shape, dtype),)
+        n, k = self.shape
+        scales = StoredTensor(self.name + SCALES, (n,), torch.float32)
+        if self.format != "int8":
+            scales = StoredTensor(self.name + SCALES, (n, -(-k // GROUP)), torch.float16)
+        mins = (replace(scales, name=self.name + MINS),) if self.format == "int4-group32" else ()
+        return (StoredTensor(self.name, self.shape, torch.uint8), scales, *mins)
+
+    def stored(self, layout: str, dtype: torch.dtype) -> tuple[StoredTensor, ...]:
+        """As an artifact of this layout holds it."""
+        if layout == LAYOUT or self.packing == "none":
+            return (StoredTensor(self.name, self.shape, dtype),)
+        n, k = self.shape
+        gated, format = self.packing == "gated", self.format
+        shape = packed_shape(n, k, gated, format)
+        if format == "bf16":
+            return (StoredTensor(self.name, shape, torch.bfloat16),)
+        scales_dtype = torch.float32 if format == "int8" else torch.float16
+        return (
+            StoredTensor(self.name, shape, torch.uint8),
+            StoredTensor(self.name + SCALES, scales_shape(n, k, gated, format), scales_dtype),
+        )
+
+    def pack(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What `stored` names out of what `row_major` names, the layout not being LAYOUT."""
+        if self.packing == "none":
+            return (parts[0],)
+        weight = parts[0] if self.format == "bf16" else QuantizedLinear(self.format, *parts)
+        packed = pack_linear(weight, self.packing == "gated")
+        return (packed.data,) if packed.scales is None else (packed.data, packed.scales)
+
+    def packed(self, stored: Sequence[Tensor]) -> Tensor | PackedLinear:
+        """What `pack` gave, around the same memory."""
+        if self.packing == "none":
+            return stored[0]
+        n, k = self.shape
+        data, scales = (stored[0], None) if len(stored) == 1 else stored
+        return PackedLinear(data, n, k, self.packing == "gated", self.format, scales)
+
+
+def layer_name(layer: int, part: str) -> str:
+    """The artifact's name of a layer's tensor: `layers.3.qkv_proj.weight`."""
+    return f"layers.{layer}.{part}"
+
+
+def fused_tensors(
+    config: ModelConfig, quantization: Mapping[str, str] = _NONE
+) -> tuple[FusedTensor, ...]:
+    """Every tensor of an artifact of this model, in the order they are stored and used.
+
+    A tied head is the embedding itself: it is stored once and has no entry of its own, packed as
+    the head reads it (the kernels pick an embedding's row out of a packed table, too).
+    `quantization`: as in a manifest. Raises ArtifactError for what it says that we do not know.
+    """
+    tensors = _all_tensors(config)
+    formats = _formats(tensors, quantization)
+    return tuple(replace(tensor, format=formats[tensor.name]) for tensor in tensors)
+
+
+def _formats(tensors: Sequence[FusedTensor], quantization: Mapping[str, str]) -> dict[str, Format]:
+    """By name of the tensor. The entry of a tensor goes over that of its group."""
+    known: dict[str, Format] = {name: name for name in get_args(QuantizedFormat)}
+    known[NOT_QUANTIZED] = "bf16"
+    products = {tensor.name for tensor in tensors if tensor.group}
+    for key, name in quantization.items():
+        if name not in known or not (key in GROUPS or key in products):
+            raise ArtifactError(
+                f"quantization {name!r} of {key!r} is not one that this build reads (formats: "
+                f"{', '.join(known)}); stage the model again with `torchweave optimize`"
+            )
+    asked = {t.name: quantization.get(t.name, quantization.get(t.group)) for t in tensors}
+    return {name: known[format or NOT_QUANTIZED] for name, format in asked.items()}
+
+
+def _all_tensors(config: ModelConfig) -> list[FusedTensor]:
+    hidden, vocab = config.hidden_size, config.vocab_size
+    embed = FusedTensor(EMBED, ("model.embed_tokens.weight",), ((vocab, hidden),))
+    if config.tie_word_embeddings:
+        embed = replace(embed, packing="linear", group="head")
+    tensors = [embed]
+    for layer in range(config.num_layers):
+        tensors += _layer_tensors(config, layer)
+    tensors.append(FusedTensor(NORM, ("model.norm.weight",), ((hidden,),)))
+    if not config.tie_word_embeddings:
+        head = FusedTensor(HEAD, ("lm_head.weight",), ((vocab, hidden),), "linear", "head")
+        tensors.append(head)
+    return tensors
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> list[FusedTensor]:
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    q_rows = config.num_heads * config.head_dim
+    kv_rows = config.num_kv_heads * config.head_dim
+    found: list[FusedTensor] = []
+
+    def norm(name: str, source: str) -> None:
+        full = f"model.layers.{layer}.{source}.weight"
+        found.append(FusedTensor(layer_name(layer, f"{name}.weight"), (full,), ((hidden,),)))
+
+    def linear(
+        name: str, block: str, sources: Sequence[str], rows: Sequence[int], columns: int, bias: bool
+    ) -> None:
+        prefixes = [f"model.layers.{layer}.{block}.{source}" for source in sources]
+        weights = tuple(f"{prefix}.weight" for prefix in prefixes)
+        shapes = tuple((n, columns) for n in rows)
+        packing: Packing = "gated" if name == "gate_up_proj" else "linear"
+        full = layer_name(layer, f"{name}.weight")
+        found.append(FusedTensor(full, weights, shapes, packing, "layers"))
+        if bias:
+            biases = tuple(f"{prefix}.bias" for prefix in prefixes)
+            lengths = tuple((n,) for n in rows)
+            found.append(FusedTensor(layer_name(layer, f"{name}.bias"), biases, lengths))
+
+    q_k_v = ("q_proj", "k_proj", "v_proj")
+    att_bias, mlp_bias = config.attention_bias, config.mlp_bias
+    norm("input_norm", "input_layernorm")
+    linear("qkv_proj", "self_attn", q_k_v, (q_rows, kv_rows, kv_rows), hidden, att_bias)
+    linear("o_proj", "self_attn", ("o_proj",), (hidden,), q_rows, att_bias)
+    norm("post_attention_norm", "post_attention_layernorm")
+    linear("gate_up_proj", "mlp", ("gate_proj", "up_proj"), (mlp, mlp), hidden, mlp_bias)
+    linear("down_proj", "mlp", ("down_proj",), (hidden,), mlp, mlp_bias)
+    return found
+
+
+def check_source_names(config: ModelConfig, names: Iterable[str]) -> None:
+    """Raises ArtifactError unless a checkpoint has every tensor we need and none we don't know."""
+    present = set(names)
+    wanted = {source for tensor in fused_tensors(config) for source in tensor.sources}
+    if missing := sorted(wanted - present):
+        raise ArtifactError(f"tensor {missing[0]} is missing ({len(missing)} missing in all)")
+    surplus = sorted(n for n in present - wanted if not _is_redundant(config, n))
+    if surplus:
+        raise ArtifactError(
+            f"tensor {surplus[0]} is not one of {config.architecture} with this config "
+            f"({len(surplus)} such in all)"
+        )
+
+
+def _is_redundant(config: ModelConfig, name: str) -> bool:
+    """Known tensors that say nothing new: old rope buffers, the copy of a tied head."""
+    if name == "lm_head.weight":
+        return config.tie_word_embeddings
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def fuse(tensor: FusedTensor, parts: Sequence[Tensor]) -> Tensor:
+    """The fused tensor out of its sources, in order. Raises ArtifactError naming a wrong one."""
+    for name, shape, part in zip(tensor.sources, tensor.source_shapes, parts, strict=True):
+        check_shape(name, tuple(part.shape), shape)
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim=0)
+
+
+def stored_order(tensors: Sequence[FusedTensor], layout: str) -> list[FusedTensor]:
+    """Packed layouts have the packed tensors first: codes and scales are of sizes that leave the
+    next one aligned to 64 bytes, bf16 of most models to a page."""
+    return list(tensors) if layout == LAYOUT else sorted(tensors, key=lambda t: t.packing == "none")
+
+
+def check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ArtifactError(
+            f"tensor {name} has shape {list(shape)}, config.json asks for {list(wanted)}"
+        )
