@@ -178,10 +178,11 @@ class ModelReplica:
     def _say_hello(self, config: ReplicaConfig, engine: EngineConfig, cores: int) -> None:
         info, threads = self._info, engine.runner.threads or cores
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._startup_s.items())
+        formats = "".join(f", {group} {name}" for group, name in info.quantization.items())
         logger.info(
-            "[Start] %s: artifact %s, %s executor on %s, %s, KV cache %s, %d threads; seconds: %s",
-            *(info.id, info.artifact_id, info.executor, info.device, info.dtype, info.kv_dtype),
-            *(threads, stages),
+            "[Start] %s: artifact %s, %s executor on %s, %s%s, KV %s, %d threads; seconds: %s",
+            *(info.id, info.artifact_id, info.executor, info.device, info.dtype, formats),
+            *(info.kv_dtype, threads, stages),
         )
         together = threads * config.placement.replicas_per_device
         if info.device == "cpu" and together > cores:

@@ -106,6 +106,7 @@ def load_model(
         max_num_seqs=config.scheduler.max_num_seqs,
         block_size=runner.limits.block_size,
         kv_dtype=_dtype_name(kv_dtype),
+        quantization=manifest.quantization,
     )
     found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
     cost = _tuned_cost(artifact_dir, found, config.scheduler)

@@ -7,8 +7,8 @@ Token ids only: nothing here tokenises, and nothing here knows Ray or torch.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torchweave_ray.sampling_params import SamplingParams
@@ -189,6 +189,8 @@ class ModelInfo:
     block_size: int
     kv_dtype: str
     """What the KV cache holds: int8, or `dtype`."""
+    quantization: Mapping[str, str] = field(default_factory=dict)
+    """Format of the weights by tensor group; {}: they are `dtype`."""
 
 
 @dataclass(frozen=True, slots=True)

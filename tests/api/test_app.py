@@ -71,6 +71,7 @@ def test_model(api: Api) -> None:
         "device": "cpu",
         "dtype": "float32",
         "kv_dtype": "float32",
+        "quantization": {},
         "max_batch_size": 8,
         "context_length": 512,
         "block_size": 16,

@@ -55,6 +55,7 @@ class StatusApi:
             "device": info.device,
             "dtype": info.dtype,
             "kv_dtype": info.kv_dtype,
+            "quantization": dict(info.quantization),
             "max_batch_size": info.max_num_seqs,
             "context_length": info.max_model_len,
             "block_size": info.block_size,
