@@ -25,6 +25,7 @@ from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
 from deployments.log import log_through_serve
 from torchweave_ray.api.app import create_app
+from torchweave_ray.api.grammar import wanted_of
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.errors import InvalidRequest, TorchWeaveError, nearest
@@ -77,13 +78,14 @@ class Ingress:
         model: str | None = None,
         n: int = 1,
         cache_salt: str = "",
+        structured_outputs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[RequestOutput]:
         """For Python: `serve.get_app_handle("torchweave").options(stream=True).generate.remote(
         "What is gravity?", max_tokens=32)` yields outputs until one `is_last`.
 
-        `sampling` are SamplingParams' fields. Raises RequestError; cancel the response to leave
-        early.
+        `structured_outputs` is that of HTTP, `sampling` are SamplingParams' fields. Raises
+        RequestError; cancel the response to leave early.
         """
         served = await self._service.model(model)
         if (prompt is None) == (messages is None):
@@ -100,6 +102,9 @@ class Ingress:
         (request,) = self._service.requests(
             served, call_id, [ids], params, n=n, cache_salt=cache_salt
         )
+        if structured_outputs is not None:
+            wanted = wanted_of({"structured_outputs": structured_outputs})
+            (request,) = await self._service.constrain(served, wanted, [request])
         async with aclosing(self._backend.generate(request)) as outputs:
             async for output in outputs:
                 yield output

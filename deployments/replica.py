@@ -128,6 +128,7 @@ class ModelReplica:
                 end(item)  # whoever waits goes on after this step's flush
 
         try:
+            await self._engine.prepare(request)
             self._engine.add(request, sink)
             how = await ended
         except TorchWeaveError as error:

@@ -8,8 +8,11 @@ generation computed alone, as the reference, and a letter-per-token detokenizer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from torchweave_ray.engine.plan import (
     IN_FLIGHT,
@@ -31,11 +34,25 @@ def chain(previous: int, token_id: int) -> int:
     return (previous * 1_000_003 + token_id * 7_919 + 12_345) & _MASK
 
 
-def draw(kv: int, seed: int, output_index: int, banned: Sequence[int]) -> int:
-    token_id = (kv * 31 + seed * 1_009 + output_index * 17) >> 7
-    while token_id % VOCAB in banned:
-        token_id += 1
-    return token_id % VOCAB
+def draw(
+    kv: int,
+    seed: int,
+    output_index: int,
+    banned: Sequence[int],
+    allowed: Container[int] = range(VOCAB),
+) -> int | None:
+    """None: nothing is left to draw."""
+    first = (kv * 31 + seed * 1_009 + output_index * 17) >> 7
+    for token_id in range(first, first + VOCAB):
+        if token_id % VOCAB not in banned and token_id % VOCAB in allowed:
+            return token_id % VOCAB
+    return None
+
+
+def allowed_tokens(words: NDArray[np.int32]) -> frozenset[int]:
+    """A row of a bitmask as token ids."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=VOCAB)
+    return frozenset(np.flatnonzero(bits).tolist())
 
 
 def logprob_of(kv: int, token_id: int) -> TokenLogprobs:
@@ -49,6 +66,7 @@ class _Row:
     entry: ScheduledSequence
     tokens: list[int]  # of positions start .. start + num_tokens
     block_table: list[int]
+    allowed: Container[int]
 
 
 @dataclass
@@ -75,9 +93,15 @@ class EchoRunner:
     queue: deque[EchoStep] = field(default_factory=deque)
 
     def submit(self, plan: StepPlan) -> PendingStep:
+        bitmask = plan.bitmask
         rows = [
-            _Row(e, list(e.token_ids[e.start : e.start + e.num_tokens]), list(e.block_table))
-            for e in plan.sequences
+            _Row(
+                e,
+                list(e.token_ids[e.start : e.start + e.num_tokens]),
+                list(e.block_table),
+                range(VOCAB) if bitmask is None else allowed_tokens(bitmask[i]),
+            )
+            for i, e in enumerate(plan.sequences)
         ]
         step = EchoStep(self, rows, plan.block_copies)
         self.queue.append(step)
@@ -114,9 +138,13 @@ class EchoRunner:
             kvs = self._compute(row)
             sampled: list[int] = []
             if entry.output is StepOutput.SAMPLE:
-                token_id = draw(kvs[-1], entry.seed, entry.output_index, entry.banned_token_ids)
-                sampled = [token_id]
-                self.last_sampled[entry.seq_id] = token_id
+                banned, index = entry.banned_token_ids, entry.output_index
+                token_id = draw(kvs[-1], entry.seed, index, banned, row.allowed)
+                if token_id is None:
+                    failed[entry.seq_id] = "nothing allowed"
+                else:
+                    sampled = [token_id]
+                    self.last_sampled[entry.seq_id] = token_id
             elif entry.output is StepOutput.PROMPT_LOGPROBS:
                 following = entry.token_ids[entry.start + 1 : entry.start + entry.num_tokens + 1]
                 prompt_logprobs[entry.seq_id] = [
@@ -182,7 +210,13 @@ class Expected:
     """Characters that may have been released after each token."""
 
 
-def expected(request: GenerateRequest, index: int, max_model_len: int) -> Expected:
+AllowedNext = Callable[[Sequence[int]], frozenset[int]]
+"""Which tokens may follow these output tokens."""
+
+
+def expected(
+    request: GenerateRequest, index: int, max_model_len: int, allowed: AllowedNext | None = None
+) -> Expected:
     """What choice `index` must give, computed alone and by brute force over whole texts."""
     sampling = request.sampling
     kv = 0
@@ -196,7 +230,11 @@ def expected(request: GenerateRequest, index: int, max_model_len: int) -> Expect
     released: list[int] = []
     while True:
         banned = ends if len(tokens) < sampling.min_tokens else ()
-        token_id = draw(kv, sampling.seed + index, len(tokens), banned)
+        following = range(VOCAB) if allowed is None else allowed(tokens)
+        if following == {EOS}:
+            banned = ()  # a complete text is filled up to min_tokens with end tokens
+        token_id = draw(kv, sampling.seed + index, len(tokens), banned, following)
+        assert token_id is not None, "the grammar and the bans leave nothing"
         tokens.append(token_id)
         kv = chain(kv, token_id)
         past_minimum = len(tokens) > sampling.min_tokens

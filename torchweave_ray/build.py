@@ -44,7 +44,8 @@ from torchweave_ray.runner.model_runner import ModelRunner
 from torchweave_ray.runner.native_sampler import NativeSampler
 from torchweave_ray.runner.sampler import sample
 from torchweave_ray.sampling_params import SamplingParams
-from torchweave_ray.tokenizer import Detokenizer
+from torchweave_ray.tokenizer import Tokenizer
+from torchweave_ray.tokenizer.grammar import GrammarCompiler, make_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +114,21 @@ def load_model(
     return LoadedModel(runner, info, manifest, artifact_dir, cost, stages.seconds)
 
 
-def build_engine(loaded: LoadedModel, config: EngineConfig, detokenizer: Detokenizer) -> Engine:
+def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
     scheduler = config.scheduler
     if scheduler.step_cost is None:
         scheduler = replace(scheduler, step_cost=loaded.step_cost)
-    return Engine(loaded.runner, detokenizer, config.cache, scheduler, loaded.manifest.artifact_id)
+    limits = loaded.runner.limits
+    return Engine(
+        loaded.runner,
+        tokenizer,
+        config.cache,
+        scheduler,
+        loaded.manifest.artifact_id,
+        grammars=GrammarCompiler(
+            lambda: make_vocabulary(tokenizer.to_json(), limits.vocab_size, limits.eos_token_ids)
+        ),
+    )
 
 
 def _tuned_cost(

@@ -126,7 +126,7 @@ ONE: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logprobs": 1}, "logprobs"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
     (CHAT, {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),

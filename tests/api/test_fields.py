@@ -124,7 +124,22 @@ def _continue_final_message(api: Api, path: str) -> None:
     assert TOKENIZER.decode(request.prompt_token_ids, False).endswith("assistant\nWell")
 
 
+def _grammar(name: str, value: Any) -> Any:
+    """What each comes to is tests/grammar's."""
+
+    def check(api: Api, path: str) -> None:
+        assert api.sent(path, VALID[path] | {name: value}).grammar is not None
+
+    return check
+
+
 OTHER: dict[str, Any] = {
+    "response_format": _grammar("response_format", {"type": "json_object"}),
+    "structured_outputs": _grammar("structured_outputs", {"regex": "a"}),
+    "guided_json": _grammar("guided_json", {"type": "null"}),
+    "guided_regex": _grammar("guided_regex", "a"),
+    "guided_choice": _grammar("guided_choice", ["a"]),
+    "guided_grammar": _grammar("guided_grammar", 'start: "a"'),
     "model": _model,
     "prompt": _prompt,
     "messages": _messages,

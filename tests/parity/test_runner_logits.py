@@ -64,6 +64,21 @@ def test_a_bitmask_covers_a_vocabulary_that_is_no_multiple_of_32() -> None:
     assert not is_constrained(np.full(3, -1, dtype=np.int32))
 
 
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_a_bitmask_forbids_all_but_its_bits(share: float) -> None:
+    draw = np.random.default_rng(3)
+    allowed = draw.random((2, 96)) < share
+    words = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    logits = torch.randn(3, VOCAB)
+    expected = logits.clone()
+    for row, bits in zip((0, 2), allowed, strict=True):
+        expected[row, torch.from_numpy(~bits[:VOCAB])] = -torch.inf
+    edit_logits(
+        logits, [LogitsEdit(r, PLAIN, allowed=w) for r, w in zip((0, 2), words, strict=True)]
+    )
+    assert torch.equal(logits, expected)
+
+
 def test_counts_grow_past_their_first_room_and_copy_for_drafts() -> None:
     counts = _counts(list(range(100)), [])
     drafted = counts.with_output([7, 7, 200])

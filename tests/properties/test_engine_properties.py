@@ -15,6 +15,7 @@ from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.outputs import FinishReason, GenerateRequest, OutputKind, RequestOutput
 from torchweave_ray.sampling_params import SamplingParams
+from torchweave_ray.tokenizer.grammar import GrammarCompiler
 
 NUM_WORKLOADS = 3000
 BATCHES = 10
@@ -47,6 +48,8 @@ class Received:
 class Workload:
     """One random engine with random requests, driven to the end."""
 
+    grammars: GrammarCompiler | None = None
+
     def __init__(self, seed: int) -> None:
         rng = self.rng = random.Random(seed)
         self.now = 1000.0
@@ -75,7 +78,13 @@ class Workload:
         self.poisoned = {r.sampling.seed for r in self.requests if rng.random() < 0.03}
         self.runner = EchoRunner(self.limits, frozenset(self.poisoned))
         self.engine = Engine(
-            self.runner, LetterDetokenizer(), cache, self.config, "artifact", lambda: self.now
+            self.runner,
+            LetterDetokenizer(),
+            cache,
+            self.config,
+            "artifact",
+            lambda: self.now,
+            self.grammars,
         )
         self.received = {r.request_id: Received() for r in self.requests}
         self.aborted: set[str] = set()
@@ -122,7 +131,7 @@ class Workload:
 
     def resumed(self, request: GenerateRequest) -> GenerateRequest:
         """The same request after its client received k tokens and some of their text."""
-        whole = expected(request, 0, self.limits.max_model_len)
+        whole = self.whole(request, 0)
         k = self.rng.randint(0, len(whole.token_ids))
         has_end = k == len(whole.token_ids)
         released = len(whole.text) if has_end else ([0, *whole.released])[k]
@@ -131,6 +140,9 @@ class Workload:
             output_token_ids=tuple(whole.token_ids[:k]),
             emitted_chars=self.rng.randint(0, released),
         )
+
+    def whole(self, request: GenerateRequest, index: int) -> Expected:
+        return expected(request, index, self.limits.max_model_len)
 
     def run(self) -> None:
         arrivals = [(self.rng.randint(0, 20), request) for request in self.requests]
@@ -175,7 +187,7 @@ class Workload:
             assert len(plan.sequences) == 1, "an exclusive sequence shares its step"
 
     def check_choice(self, request: GenerateRequest, index: int, received: Received) -> None:
-        whole = expected(request, index, self.limits.max_model_len)
+        whole = self.whole(request, index)
         resumed = len(request.output_token_ids)
         text = whole.text[request.emitted_chars :]
         tokens = whole.token_ids[resumed:]

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torchweave_ray.api.grammar import Wanted
+from torchweave_ray.api.grammar_checks import GrammarChecks
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.errors import InvalidRequest, ModelNotFound, Unavailable
 from torchweave_ray.outputs import Backend, GenerateRequest, ModelInfo
@@ -36,6 +38,7 @@ class Service:
     ) -> None:
         self.backend = backend
         self.settings = settings
+        self.grammars = GrammarChecks()
         self._load_tokenizer = load_tokenizer
         self._tokenizers: dict[str, tuple[str, asyncio.Task[Tokenizer]]] = {}
 
@@ -72,6 +75,12 @@ class Service:
             return tuple(await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens))
         except InvalidRequest as error:
             raise InvalidRequest(error.message, param) from None
+
+    async def constrain(
+        self, model: Model, wanted: Wanted | None, requests: Sequence[GenerateRequest]
+    ) -> list[GenerateRequest]:
+        """The requests with the grammar that is wanted, if any; InvalidRequest names its field."""
+        return await self.grammars.constrain(model.info, model.tokenizer, wanted, requests)
 
     def sampling(
         self,

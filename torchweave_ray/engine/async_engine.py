@@ -18,6 +18,7 @@ from typing import Any
 
 from torchweave_ray.config import SchedulerConfig
 from torchweave_ray.engine.engine import Engine
+from torchweave_ray.engine.grammar import polite_thread
 from torchweave_ray.engine.meter import Meter
 from torchweave_ray.errors import (
     ConfigError,
@@ -66,6 +67,7 @@ class AsyncEngine:
         self._inbox_tokens = 0
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._compiling = polite_thread()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -81,6 +83,7 @@ class AsyncEngine:
         """Start the engine thread; call inside the running loop that will use it."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._compiling.submit(self._engine.warm_grammars)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
         """Outputs until the last; leaving early aborts. Raises RequestError when refused."""
@@ -91,6 +94,7 @@ class AsyncEngine:
             mailbox.append(item)
             arrived.set()
 
+        await self.prepare(request)
         self.add(request, sink)
         try:
             while True:
@@ -107,6 +111,12 @@ class AsyncEngine:
                     return
         finally:
             self.abort(request.request_id)
+
+    async def prepare(self, request: GenerateRequest) -> None:
+        """Compile a request's grammar before `add`, which would do it on the loop."""
+        if request.grammar is not None:
+            check = partial(self._engine.check, request)
+            await asyncio.get_running_loop().run_in_executor(self._compiling, check)
 
     def add(self, request: GenerateRequest, sink: Sink) -> None:
         """Queue a request; raises RequestError when it is refused, and the sink hears nothing."""
@@ -178,6 +188,7 @@ class AsyncEngine:
         """Stop the thread after the step it is in; requests still here end with EngineDead."""
         self._closing = True
         self._wake.set()
+        self._compiling.shutdown(wait=False)
         if self._thread.ident is not None:
             self._thread.join()
         if self._death is None:

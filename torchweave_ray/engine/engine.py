@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from torchweave_ray.config import CacheConfig, SchedulerConfig
+from torchweave_ray.engine.grammar import Constraints
 from torchweave_ray.engine.output_processor import OutputProcessor
-from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits
+from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits, StepPlan
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, SequenceUpdate
 from torchweave_ray.errors import InvalidRequest
@@ -24,6 +25,7 @@ from torchweave_ray.outputs import (
     Stats,
 )
 from torchweave_ray.tokenizer import Detokenizer
+from torchweave_ray.tokenizer.grammar import GrammarCompiler
 
 MAX_CHOICES = 64
 
@@ -37,13 +39,15 @@ class Engine:
         scheduler: SchedulerConfig,
         artifact_id: str = "",
         clock: Callable[[], float] = time.time,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """`clock` gives Unix seconds."""
+        """`clock` gives Unix seconds; without `grammars` a request with one is refused."""
         self._runner = runner
         self._artifact_id = artifact_id
         self._clock = clock
         self._scheduler = Scheduler(cache, scheduler, runner.limits, clock)
         self._outputs = OutputProcessor(detokenizer, self._scheduler, clock)
+        self._constraints = Constraints(grammars, runner.limits)
         self._states: dict[str, RequestState] = {}
         self._pending: deque[PendingStep] = deque()
         self._ready: list[RequestOutput] = []  # of requests that ended between steps
@@ -73,10 +77,14 @@ class Engine:
         """Change limits between steps; what runs already is not cut short."""
         self._scheduler.config = config
 
+    def warm_grammars(self) -> None:
+        """Any thread may call."""
+        self._constraints.warm()
+
     def check(self, request: GenerateRequest) -> None:
         """Refuse what can never be served. Reads only what never changes: any thread may call.
 
-        Raises InvalidRequest naming the field.
+        Compiles a grammar that is new, which takes a while. Raises InvalidRequest naming the field.
         """
         limits = self.limits
         if request.artifact_id and request.artifact_id != self._artifact_id:
@@ -84,8 +92,6 @@ class Engine:
                 f"this replica serves artifact {self._artifact_id}, not {request.artifact_id}",
                 "artifact_id",
             )
-        if request.grammar is not None:
-            raise InvalidRequest("structured output is not supported yet", "grammar")
         if not 1 <= request.n <= MAX_CHOICES:
             raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", "n")
         request.sampling.validate(limits.vocab_size)
@@ -100,6 +106,7 @@ class Engine:
                         f"token id {token_id} is outside the vocabulary of {limits.vocab_size}",
                         name,
                     )
+        self._constraints.check(request)
 
     def add(self, request: GenerateRequest) -> None:
         """Queue a request; raises RequestError when it is refused."""
@@ -111,6 +118,7 @@ class Engine:
         state = RequestState(request, self._clock())
         self._states[request.request_id] = state
         self._num_prompt_tokens += len(request.prompt_token_ids)
+        self._constraints.open(state)
         seq = self._scheduler.add(state)
         if not request.output_token_ids:
             return
@@ -134,6 +142,8 @@ class Engine:
             self._runner.release(seq_id)
         self._scheduler.released.clear()
         if plan is not None:
+            if self._constraints:
+                plan = self._constrained(plan)
             self._num_computed_tokens += plan.num_tokens
             self._pending.append(self._runner.submit(plan))
         if self._pending and (plan is None or len(self._pending) > self.limits.step_depth):
@@ -186,6 +196,14 @@ class Engine:
                 "context_length_exceeded",
             )
 
+    def _constrained(self, plan: StepPlan) -> StepPlan:
+        """The plan with its bitmask; a sequence whose grammar cannot go on ends here."""
+        plan, failed = self._constraints.apply(plan)
+        for seq, why in failed:
+            self._scheduler.finish(seq, FinishReason.ERROR, error=why)
+            self._emit(self._outputs.process([SequenceUpdate(seq)]))
+        return plan
+
     def _expire(self) -> None:
         now = self._clock()
         late = [
@@ -209,6 +227,7 @@ class Engine:
         for output in outputs:
             if output.is_last:
                 del self._states[output.request_id]
+                self._constraints.close(output.request_id)
                 is_failed = any(delta.error is not None for delta in output.deltas)
                 self._num_failed += is_failed
                 self._num_finished += not is_failed

@@ -147,8 +147,10 @@ class Sequence:
 
     @property
     def is_full(self) -> bool:
-        """No token may be added (one still in flight counts)."""
-        return len(self.token_ids) >= self.max_total_tokens
+        """No token may be added now: one in flight counts, and under a grammar it must land."""
+        return len(self.token_ids) >= self.max_total_tokens or (
+            self.token_ids[-1] == IN_FLIGHT and self.state.request.grammar is not None
+        )
 
     @property
     def seniority(self) -> tuple[int, int]:

@@ -129,8 +129,26 @@ def _penalise(logits: Tensor, edits: Sequence[LogitsEdit]) -> None:
 def _mask(logits: Tensor, edits: Sequence[LogitsEdit]) -> None:
     if not edits:
         return
+    if logits.device.type == "cpu":
+        for edit in edits:
+            _mask_row(logits[edit.row].numpy(), edit)
+        return
     words = np.stack([e.allowed for e in edits if e.allowed is not None])
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
     forbidden = torch.from_numpy(bits == 0).to(logits.device)
     rows = torch.tensor([e.row for e in edits], device=logits.device)
     logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+
+
+def _mask_row(row: NDArray[np.float32], edit: LogitsEdit) -> None:
+    """Touch what is rarer: a grammar mostly allows a handful of tokens, or all but a few."""
+    assert edit.allowed is not None
+    bits = np.unpackbits(edit.allowed.view(np.uint8), bitorder="little", count=len(row))
+    allowed = bits.view(np.bool_)
+    if 2 * np.count_nonzero(allowed) > len(row):
+        row[np.flatnonzero(~allowed)] = -np.inf
+    else:
+        ids = np.flatnonzero(allowed)
+        kept = row[ids]
+        row.fill(-np.inf)
+        row[ids] = kept

@@ -62,6 +62,7 @@ class NativeApi:
             )
         except InvalidRequest as error:
             raise renamed(error, _OUR_NAMES) from None
+        (request,) = await self._service.constrain(model, body.wanted(), [request])
         return request
 
 

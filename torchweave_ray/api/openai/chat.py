@@ -71,6 +71,7 @@ class ChatApi:
             )
         except InvalidRequest as error:
             raise renamed(error, {"max_tokens": name, "logprobs": "top_logprobs"}) from None
+        (request,) = await self._service.constrain(model, body.wanted(), [request])
         return request
 
 

@@ -41,6 +41,7 @@ class CompletionsApi:
             cache_salt=body.cache_salt or "",
             seeded=body.seed is not None or self._service.settings.seed is not None,
         )
+        requests = await self._service.constrain(model, body.wanted(), requests)
         identity = identity_of(f"cmpl-{call.id}", model)
         progress = Progress(call, model.info.id)
         outputs = generate(call, self._service.backend, requests)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from torchweave_ray.api.grammar import GrammarFields
 from torchweave_ray.api.schema import MAX_CHOICES, Body, SamplingFields
 
 _NOISE = frozenset(
@@ -21,7 +22,6 @@ _NOISE = frozenset(
     }
 )
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "best_of": (1,),
     "echo": (False,),
     "prompt_logprobs": (),
@@ -31,11 +31,6 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "use_beam_search": (False,),
     "truncate_prompt_tokens": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
 }
 
 
@@ -44,7 +39,7 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class OpenAIBody(SamplingFields):
+class OpenAIBody(SamplingFields, GrammarFields):
     model: str | None = Field(None, description="the default model when it is left out")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="choices of each prompt")
     stream: bool | None = None
