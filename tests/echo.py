@@ -152,6 +152,8 @@ class EchoRunner:
                 ]
             elif entry.output is StepOutput.POOL:
                 pooled[entry.seq_id] = [float(kvs[-1])]
+            elif entry.output is StepOutput.POOL_ALL:
+                pooled[entry.seq_id] = [float(sum(kv % 1000 for kv in kvs))]
             token_ids.append(sampled)
         for seq_id in step.released:
             self.last_sampled.pop(seq_id, None)

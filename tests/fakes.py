@@ -12,6 +12,7 @@ from torchweave_ray.outputs import (
     FinishReason,
     GenerateRequest,
     ModelInfo,
+    OutputKind,
     RequestOutput,
     Stats,
     Timings,
@@ -75,6 +76,10 @@ class FakeBackend:
         try:
             if script.refusal is not None:
                 raise script.refusal
+            if request.output_kind is OutputKind.POOLED:
+                is_done = True
+                yield self._pooled(request)
+                return
             for index, piece in enumerate(script.pieces):
                 await self._gate(index)
                 yield self._piece(request, index, piece)
@@ -106,9 +111,22 @@ class FakeBackend:
             top = tuple((3 + k, -0.5 - k) for k in range(request.sampling.logprobs))
             logprobs = tuple(TokenLogprobs(i, -0.25, 1, top) for i in ids)
         delta = ChoiceDelta(0, index, ids, piece, logprobs)
+        scores = None
+        if index == 0 and request.output_kind is OutputKind.PROMPT_LOGPROBS:
+            top = tuple((3 + k, -1.5 - k) for k in range(request.sampling.prompt_logprobs or 0))
+            scores = (None, *(TokenLogprobs(i, -2.0, 9, top) for i in request.prompt_token_ids[1:]))
         return RequestOutput(
-            request.request_id, tuple(replace(delta, index=i) for i in range(request.n))
+            request.request_id,
+            tuple(replace(delta, index=i) for i in range(request.n)),
+            prompt_logprobs=scores,
         )
+
+    def _pooled(self, request: GenerateRequest) -> RequestOutput:
+        delta = ChoiceDelta(0, 0, (), "", None, FinishReason.STOP)
+        num = len(request.prompt_token_ids)
+        values = (3.0, 4.0, float(request.pooling == "mean"))
+        timings = Timings(0.001, 0.002, 0.003)
+        return RequestOutput(request.request_id, (delta,), Usage(num, 0, 0), timings, pooled=values)
 
     def _end(self, request: GenerateRequest) -> RequestOutput:
         script = self.script

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from starlette.routing import Route
 
 from tests.doc_commands import run_block, serving
 from tests.smollm2 import staged_smollm2
@@ -170,11 +171,18 @@ def test_options_named_in_blocks_exist() -> None:
 
 
 def test_endpoints_are_those_of_the_app() -> None:
-    app = (ROOT / "torchweave_ray/api/app.py").read_text()
-    routes = set(re.findall(r'(?:Route|post)\("(/[^"]+)"', app))
-    routes = {re.sub(r":path}", "}", route) for route in routes}
+    from tests.api.conftest import load_tokenizer
+    from tests.fakes import FakeBackend
+    from torchweave_ray.api.app import create_app
+
+    routes = {
+        re.sub(r"\w+(?::path)?}", "}", route.path)
+        for route in create_app(FakeBackend(), load_tokenizer).routes
+        if isinstance(route, Route)
+    }
     page = (ROOT / "docs/api.md").read_text()
-    assert set(re.findall(r"^\| (?:GET|POST) \| `([^`]+)`", page, re.MULTILINE)) == routes
+    listed = re.findall(r"^\| (?:GET|POST|DELETE) \| `([^`]+)`", page, re.MULTILINE)
+    assert {re.sub(r"\w+}", "}", path) for path in listed} == routes
 
 
 def test_sampling_fields_are_those_of_the_schema() -> None:

@@ -4,6 +4,7 @@
     ├── RequestError            answers one request with an HTTP status
     │   ├── InvalidRequest      400, names the field in ``param``
     │   ├── ModelNotFound       404
+    │   ├── RequestNotFound     404, of a request that is to be stopped
     │   ├── RequestTooLarge     413
     │   ├── Overloaded          429, ``retry_after`` seconds
     │   ├── Unavailable         503, ``retry_after`` seconds
@@ -67,6 +68,11 @@ class InvalidRequest(RequestError):
 
 
 class ModelNotFound(RequestError):
+    status = 404
+    type = "invalid_request_error"
+
+
+class RequestNotFound(RequestError):
     status = 404
     type = "invalid_request_error"
 

@@ -20,6 +20,7 @@ from torchweave_ray.outputs import (
     FinishReason,
     GenerateRequest,
     ModelInfo,
+    OutputKind,
     RequestOutput,
     Stats,
     TokenLogprobs,
@@ -46,6 +47,8 @@ class Completion:
     """The stop string or token id that ended it; None for end-of-sequence or length."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One entry a token, where SamplingParams.logprobs asks."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """One entry a prompt token, None for the first, where SamplingParams.prompt_logprobs asks."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV the prefix cache had."""
     error: str | None = None
@@ -144,7 +147,15 @@ class LLM:
         self, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams]
     ) -> list[GenerateRequest]:
         requests = [
-            GenerateRequest(f"llm-{next(self._request_ids)}", self.info.id, prompt, sampling)
+            GenerateRequest(
+                f"llm-{next(self._request_ids)}",
+                self.info.id,
+                prompt,
+                sampling,
+                output_kind=OutputKind.TOKENS
+                if sampling.prompt_logprobs is None
+                else OutputKind.PROMPT_LOGPROBS,
+            )
             for prompt, sampling in zip(prompts, params, strict=True)
         ]
         for request in requests:
@@ -197,6 +208,7 @@ def _completion(request: GenerateRequest, output: RequestOutput) -> Completion:
         finish_reason=delta.finish_reason,
         stop_reason=delta.stop_reason,
         logprobs=delta.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
         num_cached_tokens=output.usage.cached_tokens,
         error=delta.error,
     )

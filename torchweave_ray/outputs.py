@@ -29,6 +29,13 @@ class OutputKind(enum.StrEnum):
     POOLED = "pooled"
 
 
+class Pooling(enum.StrEnum):
+    """Which hidden states `pooled` is made of."""
+
+    LAST = "last"
+    MEAN = "mean"
+
+
 @dataclass(frozen=True, slots=True)
 class BusAddress:
     """Where an ingress listens for token frames; see deployments/bus.py."""
@@ -66,6 +73,8 @@ class GenerateRequest:
     """Requests share cached prefixes only with equal (tenant, cache_salt)."""
     grammar: str | None = None
     output_kind: OutputKind = OutputKind.TOKENS
+    pooling: Pooling = Pooling.LAST
+    """For OutputKind.POOLED."""
     exclusive: bool = False
     """Alone in its steps, no prefix cache: the unbatched baseline."""
     delivery: BusAddress | None = None

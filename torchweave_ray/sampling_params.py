@@ -13,6 +13,7 @@ from torchweave_ray.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 256
 MAX_SEED = 2**63 - 1
 
 
@@ -38,6 +39,11 @@ class SamplingParams:
     """Subtracted once per occurrence in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids, -100..100."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these are drawn; None: any."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the output never completes: the last token is not drawn after the
+    others."""
     seed: int = 0
     """Choice i of n draws with seed + i; one Philox uniform per (seed, output index)."""
     min_tokens: int = 0
@@ -50,6 +56,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     """None: no logprobs; k: the chosen token's and the k likeliest ones', from raw logits."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens; `OutputKind.PROMPT_LOGPROBS` is what computes them."""
 
     @property
     def is_greedy(self) -> bool:
@@ -77,8 +85,9 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be at least {lowest}, got {value}", name)
         if self.seed > MAX_SEED:
             raise InvalidRequest(f"seed must be at most {MAX_SEED}", "seed")
-        if self.logprobs is not None and self.logprobs > MAX_LOGPROBS:
-            raise InvalidRequest(f"logprobs must be at most {MAX_LOGPROBS}", "logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > MAX_LOGPROBS:
+                raise InvalidRequest(f"{name} must be at most {MAX_LOGPROBS}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest("min_tokens must not exceed max_tokens", "min_tokens")
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -89,6 +98,19 @@ class SamplingParams:
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, "logit_bias")
         _check_ids("logit_bias", self.logit_bias, vocab_size)
         _check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
+        self._validate_bans(vocab_size)
+
+    def _validate_bans(self, vocab_size: int | None) -> None:
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise InvalidRequest("allowed_token_ids must not be empty", "allowed_token_ids")
+            _check_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequest(f"at most {MAX_BAD_WORDS} bad words", "bad_words")
+        for word in self.bad_words:
+            if not word:
+                raise InvalidRequest("a bad word must not be empty", "bad_words")
+            _check_ids("bad_words", word, vocab_size)
 
 
 _FLOAT_RANGES = (
@@ -105,6 +127,7 @@ _INT_MINIMA = (
     ("min_tokens", 0),
     ("seed", 0),
     ("logprobs", 0),
+    ("prompt_logprobs", 0),
 )
 
 

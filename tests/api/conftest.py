@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -39,6 +39,16 @@ class Api:
 
     def configure(self, **settings: Any) -> None:
         self.app = create_app(self.backend, load_tokenizer, ApiSettings(**settings))
+
+    def use_template(self, template: str, special_tokens: Sequence[str] = ()) -> None:
+        backend = make_tokenizer()
+        backend.add_special_tokens(list(special_tokens))
+        tokenizer = Tokenizer(backend, {"chat_template": template})
+
+        async def load(model_id: str) -> Tokenizer:
+            return tokenizer
+
+        self.app = create_app(self.backend, load, ApiSettings())
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(coroutine)

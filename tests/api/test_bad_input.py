@@ -20,6 +20,10 @@ VALID: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": "tiny", "prompt": "hi"},
     CHAT: {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]},
 }
+ASK = [{"role": "user", "content": "hi"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BAD_CALL = {**CALL, "function": {"name": "f", "arguments": "[1]"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 NAN, INF = float("nan"), float("inf")
 
 EVERYWHERE: list[tuple[dict[str, Any], str]] = [
@@ -53,6 +57,12 @@ EVERYWHERE: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"] * 17}, "stop"),
     ({"stop": [1]}, "stop[0]"),
     ({"stop_token_ids": [300]}, "stop_token_ids"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [300]}, "allowed_token_ids"),
+    ({"bad_words": [""]}, "bad_words"),
+    ({"bad_words": ["a", " "]}, "bad_words"),
+    ({"bad_words": ["x"] * 129}, "bad_words"),
+    ({"bad_words": "x"}, "bad_words"),
     ({"ignore_eos": "yes"}, "ignore_eos"),
     ({"model": 5}, "model"),
     ({"temprature": 1}, "temprature"),
@@ -86,8 +96,23 @@ ONE: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
     (COMPLETIONS, {"suffix": "end"}, "suffix"),
-    (COMPLETIONS, {"best_of": 3}, "best_of"),
-    (COMPLETIONS, {"echo": True}, "echo"),
+    (COMPLETIONS, {"best_of": 1, "n": 2}, "best_of"),
+    (COMPLETIONS, {"best_of": 3, "stream": True}, "best_of"),
+    (COMPLETIONS, {"best_of": 65, "prompt": ["a", "b"]}, "prompt"),
+    (COMPLETIONS, {"echo": 1}, "echo"),
+    (COMPLETIONS, {"echo": True, "prompt": [10**30]}, "prompt"),
+    (COMPLETIONS, {"echo": True, "logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"prompt_logprobs": 21}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt_logprobs": -1}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    (COMPLETIONS, {"priority": 2**31}, "priority"),
+    (COMPLETIONS, {"stream_interval": 3}, "stream_interval"),
+    (COMPLETIONS, {"stream_interval": 0, "stream": True}, "stream_interval"),
+    (
+        COMPLETIONS,
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+    ),
     (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
     (
         COMPLETIONS,
@@ -114,8 +139,30 @@ ONE: list[tuple[str, dict[str, Any], str]] = [
     (
         CHAT,
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-        "messages[0].tool_calls",
+        "messages[0].tool_calls[0].id",
     ),
+    *[
+        (CHAT, {"messages": [*ASK, message]}, param)
+        for message, param in (
+            ({"role": "tool", "content": "x"}, "messages[1]"),
+            ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages[1]"),
+            ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[1]"),
+            (
+                {"role": "assistant", "tool_calls": [BAD_CALL]},
+                "messages[1].tool_calls[0].function.arguments",
+            ),
+        )
+    ],
+    (CHAT, {"tools": [TOOL, TOOL]}, "tools"),
+    (CHAT, {"tools": [TOOL] * 129}, "tools"),
+    (CHAT, {"tools": [{**TOOL, "type": "retrieval"}]}, "tools[0].type"),
+    (CHAT, {"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+    (
+        CHAT,
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "rm"}}},
+        "tool_choice",
+    ),
+    (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
     (CHAT, {"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
     (CHAT, {"max_tokens": -1}, "max_tokens"),
     (CHAT, {"max_completion_tokens": -1}, "max_completion_tokens"),
@@ -124,7 +171,7 @@ ONE: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"logprobs": 1}, "logprobs"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities"),

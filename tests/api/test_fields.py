@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from tests.api.conftest import TOKENIZER, Api
+from tests.api.templates import DEEPSEEK
+from tests.fakes import Script
 from torchweave_ray.api.native.schema import GenerateBody
 from torchweave_ray.api.openai.schema import ChatBody, CompletionBody
 from torchweave_ray.api.schema import Body
-from torchweave_ray.outputs import GenerateRequest
+from torchweave_ray.outputs import GenerateRequest, OutputKind
 from torchweave_ray.sampling_params import SamplingParams
 
 GENERATE, COMPLETIONS, CHAT = "/v1/generate", "/v1/completions", "/v1/chat/completions"
@@ -26,6 +28,11 @@ VALID: dict[str, dict[str, Any]] = {
     CHAT: {"messages": MESSAGES},
 }
 
+
+def _forms(*texts: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(TOKENIZER.encode(text, False)) for text in texts)
+
+
 SAMPLING: dict[str, tuple[Any, Any]] = {
     "temperature": (0.25, 0.25),
     "top_k": (7, 7),
@@ -35,6 +42,8 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
     "presence_penalty": (-1, -1.0),
     "frequency_penalty": (0.75, 0.75),
     "logit_bias": ({"5": -100, "007": 2}, {5: -100.0, 7: 2.0}),
+    "allowed_token_ids": ([4, 9], (4, 9)),
+    "bad_words": (["star", "a"], _forms("star", " star", "a", " a")),
     "seed": (11, 11),
     "min_tokens": (3, 3),
     "ignore_eos": (True, True),
@@ -79,6 +88,40 @@ def _cache_salt(api: Api, path: str) -> None:
     assert api.sent(path, VALID[path] | {"cache_salt": "mine"}).cache_salt == "mine"
 
 
+def _priority(api: Api, path: str) -> None:
+    assert api.sent(path, VALID[path] | {"priority": -3}).priority == -3
+
+
+def _prompt_logprobs(api: Api, path: str) -> None:
+    request = api.sent(path, VALID[path] | {"prompt_logprobs": 2})
+    assert request.sampling.prompt_logprobs == 2
+    assert request.output_kind is OutputKind.PROMPT_LOGPROBS
+
+
+def _return_token_ids(api: Api, path: str) -> None:
+    answer = api.post(path, VALID[path] | {"return_token_ids": True}).json()
+    assert TOKENIZER.decode(answer["choices"][0]["token_ids"]) == "Gravity pulls."
+
+
+def _stream_interval(api: Api, path: str) -> None:
+    body = VALID[path] | {"stream": True}
+    num_chunks = [
+        api.post(path, body | {"stream_interval": interval}).text.count("data: ")
+        for interval in (1, 1024)
+    ]
+    assert num_chunks[0] - num_chunks[1] == 1  # the first of three pieces is not delayed
+
+
+def _best_of(api: Api, path: str) -> None:
+    request = api.sent(path, VALID[path] | {"best_of": 4})
+    assert (request.n, request.sampling.logprobs) == (4, 0)
+
+
+def _echo(api: Api, path: str) -> None:
+    answer = api.post(path, {"prompt": "hi", "echo": True}).json()
+    assert answer["choices"][0]["text"] == "hiGravity pulls."
+
+
 def _prompt(api: Api, path: str) -> None:
     request = api.sent(path, {"prompt": "What is a star?"})
     assert request.prompt_token_ids == tuple(TOKENIZER.encode("What is a star?"))
@@ -118,6 +161,45 @@ def _chat_template_kwargs(api: Api, path: str) -> None:
     assert request.prompt_token_ids == rendered(MESSAGES, preface="Hear!") != rendered(MESSAGES)
 
 
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
+
+
+def _tools(api: Api, path: str) -> None:
+    request = api.sent(path, {"messages": MESSAGES, "tools": [WEATHER]})
+    assert "get_weather" in TOKENIZER.decode(request.prompt_token_ids)
+
+
+def _tool_choice(api: Api, path: str) -> None:
+    body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": "none"}
+    assert api.sent(path, body).prompt_token_ids == rendered(MESSAGES)
+
+
+def _parallel_tool_calls(api: Api, path: str) -> None:
+    call = '<tool_call>{"name": "get_weather"}</tool_call>'
+    api.backend.script = Script(pieces=[call, call])
+    body = {"messages": MESSAGES, "tools": [WEATHER]}
+    for parallel, num in ((True, 2), (False, 1)):
+        answer = api.post(path, body | {"parallel_tool_calls": parallel}).json()
+        assert len(answer["choices"][0]["message"]["tool_calls"]) == num
+
+
+def _reasoning_effort(api: Api, path: str) -> None:
+    template = "{{ reasoning_effort | default('so') }}{{ messages[0].content }}"
+    api.use_template(template)
+    request = api.sent(path, {"messages": MESSAGES, "reasoning_effort": "high"})
+    assert TOKENIZER.decode(request.prompt_token_ids) == "highhi"
+
+
+def _include_reasoning(api: Api, path: str) -> None:
+    api.use_template(DEEPSEEK)
+    api.backend.script = Script(pieces=["hm</think>", "Yes"])
+    for wanted in (True, False):
+        answer = api.post(path, {"messages": MESSAGES, "include_reasoning": wanted}).json()
+        message = answer["choices"][0]["message"]
+        assert message["content"] == "Yes"
+        assert ("reasoning_content" in message) is wanted
+
+
 def _continue_final_message(api: Api, path: str) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "Well"}]
     request = api.sent(path, {"messages": messages, "continue_final_message": True})
@@ -148,11 +230,22 @@ OTHER: dict[str, Any] = {
     "max_completion_tokens": _max_tokens("max_completion_tokens"),
     "n": _n,
     "cache_salt": _cache_salt,
+    "priority": _priority,
+    "prompt_logprobs": _prompt_logprobs,
+    "return_token_ids": _return_token_ids,
+    "stream_interval": _stream_interval,
+    "best_of": _best_of,
+    "echo": _echo,
     "logprobs": _logprobs,
     "top_logprobs": _top_logprobs,
     "stream": _stream,
     "stream_options": _stream_options,
     "chat_template_kwargs": _chat_template_kwargs,
+    "tools": _tools,
+    "tool_choice": _tool_choice,
+    "parallel_tool_calls": _parallel_tool_calls,
+    "reasoning_effort": _reasoning_effort,
+    "include_reasoning": _include_reasoning,
     "continue_final_message": _continue_final_message,
 }
 
@@ -252,13 +345,14 @@ def test_noise_is_listed_and_harmless_values_pass(api: Api) -> None:
         "metadata": {"a": "b"},
         "store": True,
         "parallel_tool_calls": True,
+        "service_tier": "auto",
         "tools": None,
         "tool_choice": "auto",
         "response_format": {"type": "text"},
     }
     response = api.post(CHAT, body)
     assert response.status_code == 200, response.text
-    assert response.headers["x-ignored-params"] == "user, metadata, store, parallel_tool_calls"
+    assert response.headers["x-ignored-params"] == "user, metadata, store, service_tier"
     streamed = api.post(CHAT, body | {"stream": True})
     assert streamed.headers["x-ignored-params"] == response.headers["x-ignored-params"]
     assert "x-ignored-params" not in api.post(CHAT, VALID[CHAT]).headers

@@ -14,6 +14,14 @@ from torchweave_ray.api.sse import data_event
 from torchweave_ray.errors import Overloaded, Unavailable
 from torchweave_ray.outputs import FinishReason
 
+TIMINGS = {
+    "queue_s": 0.001,
+    "prefill_s": 0.001,
+    "ttft_s": 0.002,
+    "decode_s": 0.001,
+    "total_s": 0.003,
+}
+
 
 def read_events(raw: bytes) -> list[tuple[str, str]]:
     """(event, data) by the WHATWG's rules, character by character; nothing of ours in it."""
@@ -71,7 +79,7 @@ def test_the_stream_to_the_byte(api: Api) -> None:
             "total_tokens": 13,
             "prompt_tokens_details": {"cached_tokens": 1},
         },
-        "timings": {"queue_s": 0.001, "ttft_s": 0.002, "total_s": 0.003},
+        "timings": TIMINGS,
     }
     assert blocks[4:] == [b""]
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"

@@ -172,7 +172,14 @@ def test_chat_chunks_to_the_byte(api: Api) -> None:
     assert last["usage"]["total_tokens"] == (
         last["usage"]["prompt_tokens"] + last["usage"]["completion_tokens"]
     )
-    assert sorted(last["timings"]) == ["queue_s", "total_s", "ttft_s"]
+    seconds = last["timings"]
+    assert seconds == {
+        "queue_s": 0.001,
+        "prefill_s": 0.001,
+        "ttft_s": 0.002,
+        "decode_s": 0.001,
+        "total_s": 0.003,
+    }
     assert events[6:] == ["data: [DONE]", ""]
 
 

@@ -11,7 +11,7 @@ from torchweave_ray.config import CacheConfig, SchedulerConfig, StepCost
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.errors import InvalidRequest
-from torchweave_ray.outputs import FinishReason, GenerateRequest, OutputKind, RequestOutput
+from torchweave_ray.outputs import FinishReason, GenerateRequest, OutputKind, Pooling, RequestOutput
 from torchweave_ray.sampling_params import SamplingParams
 
 LIMITS = RuntimeLimits(1024, 16, 8192, VOCAB, (EOS,))
@@ -232,6 +232,19 @@ def test_a_pooled_request_gives_one_vector_and_no_token() -> None:
     assert output.pooled is not None
     assert output.usage is not None
     assert output.usage.completion_tokens == 0
+
+
+def test_a_mean_is_the_same_however_the_prompt_is_cut() -> None:
+    means = []
+    for budget in (33, 64, 200):
+        engine, _ = make_engine(max_num_batched_tokens=budget)
+        kind = {"output_kind": OutputKind.POOLED, "pooling": Pooling.MEAN}
+        engine.add(make_request("pooled", 100, **kind))
+        (output,) = run(engine)["pooled"]
+        assert output.pooled is not None
+        means.append(output.pooled[0])
+    assert means == pytest.approx([means[0]] * 3)
+    assert 0 < means[0] < 1000
 
 
 def test_a_passed_deadline_ends_the_request() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny import EOS_TOKEN_ID, make_tiny_artifact
+from tests.tiny import EOS_TOKEN_ID, make_checkpoint, make_tiny_artifact
 from torchweave_ray.build import load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ArtifactError, ConfigError, InvalidRequest
@@ -215,3 +216,46 @@ def test_importing_it_needs_torch_but_neither_ray_nor_transformers() -> None:
     code = f"import torchweave_ray.llm, sys; print(*[m for m in {absent} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
+
+
+def test_allowed_tokens_and_bad_words(llm: LLM) -> None:
+    prompt = llm.tokenizer.encode("A star is")
+    free = llm.generate([prompt], SamplingParams(temperature=1.0, max_tokens=40, seed=1))[0]
+    allowed = tuple(sorted({*free.token_ids[:3], 77, 99}))
+    params = SamplingParams(temperature=1.0, max_tokens=40, seed=1, allowed_token_ids=allowed)
+    (kept,) = llm.generate([prompt], params)
+    assert set(kept.token_ids) <= set(allowed)
+    assert len(kept.token_ids) == 40
+    greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    (whole,) = llm.generate([prompt], greedy)
+    words = (whole.token_ids[4:7], (whole.token_ids[9],))
+    (changed,) = llm.generate([prompt], replace(greedy, bad_words=words))
+    assert changed.token_ids[:6] == whole.token_ids[:6]
+    assert changed.token_ids[6] != whole.token_ids[6]
+    runs = [changed.token_ids[i : i + 3] for i in range(18)]
+    assert words[0] not in runs
+    assert whole.token_ids[9] not in changed.token_ids
+
+
+def test_logprobs_of_prompt_and_answer_equal_transformers(
+    artifact: Path, tmp_path: Path, llm: LLM
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=3, prompt_logprobs=2)
+    (scored,) = llm.generate("What is a star?", params)
+    ids = [*scored.prompt_token_ids, *scored.token_ids]
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+    assert scored.prompt_logprobs is not None
+    assert scored.logprobs is not None
+    entries = [*scored.prompt_logprobs[1:], *scored.logprobs]
+    num_top = [2] * (len(scored.prompt_token_ids) - 1) + [3] * len(scored.token_ids)
+    assert len(entries) == len(ids) - 1
+    for position, entry in enumerate(entries):
+        assert entry is not None
+        row = expected[position]
+        assert entry.logprob == pytest.approx(row[ids[position + 1]].item(), abs=1e-3)
+        values = row.topk(num_top[position]).values.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values, abs=1e-3)

@@ -148,7 +148,7 @@ def test_blocks_are_copied_before_anything_is_computed() -> None:
 
 def test_prompt_logprobs_are_those_of_the_following_tokens() -> None:
     prompt = [3, 9, 27, 11, 4, 6]
-    sampling = SamplingParams(temperature=0.0, logprobs=2)
+    sampling = SamplingParams(temperature=0.0, prompt_logprobs=2)
     scored = _sequence(prompt, 0, 4, [1, 2], sampling=sampling, output=StepOutput.PROMPT_LOGPROBS)
     decode = _sequence([2, 2, 2], 0, 3, [5])
     result = _run(_runner(), decode, scored)

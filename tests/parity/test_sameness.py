@@ -19,7 +19,13 @@ from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.llm import LLM
-from torchweave_ray.outputs import GenerateRequest, OutputKind, RequestOutput, merge_outputs
+from torchweave_ray.outputs import (
+    GenerateRequest,
+    OutputKind,
+    Pooling,
+    RequestOutput,
+    merge_outputs,
+)
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import load_tokenizer
 
@@ -172,13 +178,14 @@ def test_prompt_logprobs_and_pooling_equal_transformers(folder: Path, chunk: int
     prompt = torch.tensor([PROMPTS[6]])
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(prompt).logits[0], dim=-1)
-        hidden = model.model(prompt).last_hidden_state[0, -1]
+        hidden = model.model(prompt).last_hidden_state[0]
     engine = _engine(folder, scheduler={"max_num_seqs": 4, "max_num_batched_tokens": chunk})
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=3)
-    scored, pooled, _ = _run(
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=3)
+    scored, pooled, mean, _ = _run(
         engine,
         _request("s", 6, sampling, output_kind=OutputKind.PROMPT_LOGPROBS),
         _request("p", 6, sampling, output_kind=OutputKind.POOLED),
+        _request("m", 6, sampling, output_kind=OutputKind.POOLED, pooling=Pooling.MEAN),
         _request("g", 3, GREEDY),
     )
     assert scored.prompt_logprobs is not None
@@ -189,5 +196,7 @@ def test_prompt_logprobs_and_pooling_equal_transformers(folder: Path, chunk: int
         expected = logprobs[position - 1, PROMPTS[6][position]].item()
         assert entry.logprob == pytest.approx(expected, abs=1e-3)
         assert entry.top[0][0] == int(logprobs[position - 1].argmax())
-    torch.testing.assert_close(torch.tensor(pooled.pooled), hidden, rtol=1e-3, atol=1e-4)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(torch.tensor(pooled.pooled), hidden[-1], **close)
+    torch.testing.assert_close(torch.tensor(mean.pooled), hidden.mean(dim=0), **close)
     engine.close()

@@ -5,6 +5,8 @@ The tiny model has a vocabulary of bytes, so its text is noise; equal noise is w
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 import ray
 from ray import serve
@@ -65,7 +69,9 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     port = cluster.free_port()
-    artifact = make_tiny_artifact(tmp_path_factory.mktemp("artifact") / "tiny")
+    artifact = make_tiny_artifact(
+        tmp_path_factory.mktemp("artifact") / "tiny", max_position_embeddings=1024
+    )
     served = Served(Client(port), Client(port, "/by-handle"), artifact)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAX_NEW_TOKENS", str(DEFAULT_TOKENS))
@@ -244,3 +250,87 @@ def test_a_tampered_artifact_is_named(served: Served, tmp_path: Path) -> None:
 def _if_unavailable(client: Client) -> Any:
     status, answer = client.get("/health")
     return answer if status == 503 and isinstance(answer, dict) else None
+
+
+def test_official_clients(served: Served) -> None:
+    """Every protocol against the real thing, once: what the fake backend cannot show."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{served.bus.port}/v1", api_key="none")
+    ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}]}
+    four = client.chat.completions.create(**ask, n=4, seed=5, max_tokens=20)
+    singles = [
+        client.chat.completions.create(**ask, seed=5 + i, max_tokens=20).choices[0].message.content
+        for i in range(4)
+    ]
+    assert [choice.message.content for choice in four.choices] == singles
+    stream = client.chat.completions.create(
+        **ask, seed=5, max_tokens=20, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
+    assert text == singles[0]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 20
+
+    scored = client.completions.create(
+        model="tiny", prompt=PROMPT, echo=True, logprobs=1, max_tokens=3, n=2, temperature=0
+    )
+    one, two = (choice.logprobs for choice in scored.choices)
+    assert one is not None
+    assert two is not None
+    assert (scored.choices[0].text, one.tokens) == (scored.choices[1].text, two.tokens)
+    assert one.token_logprobs is not None
+    assert two.token_logprobs is not None
+    assert one.token_logprobs[0] is None
+    assert one.token_logprobs[1:] == pytest.approx(two.token_logprobs[1:], abs=1e-3)
+    assert all(value <= 0 for value in one.token_logprobs[1:] if value is not None)
+    first, second = client.embeddings.create(model="tiny", input=[PROMPT, "x"]).data
+    assert len(first.embedding) == 64
+    assert first.embedding != second.embedding
+
+    response = client.responses.create(model="tiny", input=PROMPT, max_output_tokens=20)
+    assert response.status in ("completed", "incomplete")
+    claude = anthropic.Anthropic(base_url=f"http://127.0.0.1:{served.bus.port}", api_key="none")
+    with claude.messages.stream(**ask, max_tokens=20) as events:
+        message = events.get_final_message()
+    assert message.usage.output_tokens <= 20
+    assert message.stop_reason in ("max_tokens", "end_turn")
+
+
+def test_a_call_that_must_be_made_is_made(served: Served) -> None:
+    """Random weights know nothing of tools: the grammar does."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{served.bus.port}/v1", api_key="none")
+    parameters = {
+        "type": "object",
+        "properties": {"on": {"type": "boolean"}},
+        "required": ["on"],
+        "additionalProperties": False,
+    }
+    tool: Any = {"type": "function", "function": {"name": "lamp", "parameters": parameters}}
+    for choice in ("required", {"type": "function", "function": {"name": "lamp"}}):
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "x"}],
+            tools=[tool],
+            tool_choice=choice,  # type: ignore[arg-type]
+            parallel_tool_calls=False,
+            max_tokens=400,
+        )
+        (call,) = answer.choices[0].message.tool_calls or ()
+        assert call.type == "function"
+        assert json.loads(call.function.arguments).keys() == {"on"}
+        assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_request_is_stopped_over_http(served: Served) -> None:
+    stream = served.bus.stream(PROMPT, **LONG)
+    raw = next(line for line in stream.response if line.startswith(b"data: "))
+    request_id = json.loads(raw.removeprefix(b"data: "))["id"]
+    connection = http.client.HTTPConnection("127.0.0.1", served.bus.port, timeout=20)
+    connection.request("DELETE", f"/v1/requests/{request_id}")
+    assert connection.getresponse().status == 200
+    connection.close()
+    list(stream.pieces())
+    assert stream.finish_reason == "abort"
+    assert stream.usage is not None
+    assert 0 < stream.usage["completion_tokens"] < 300
+    wait_until(is_idle, 5)

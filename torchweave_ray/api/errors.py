@@ -18,6 +18,8 @@ from torchweave_ray.errors import (
     Unavailable,
 )
 
+_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+"""Whose clients know errors in another shape."""
 INTERNAL_ERROR = "internal server error; the server's log has it under this x-request-id"
 
 
@@ -36,7 +38,12 @@ def error_json(error: RequestError) -> str:
 
 async def on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return error_response(error)
+    response = error_response(error)
+    if not request.url.path.endswith(_ANTHROPIC):
+        return response
+    body = {"type": "error", "error": {"type": error.type, "message": error.message}}
+    retry = response.headers.get("Retry-After")
+    return JSONResponse(body, error.status, {} if retry is None else {"Retry-After": retry})
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -86,9 +93,10 @@ def _path(location: Sequence[int | str]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in _UNION_MEMBERS and "[" not in part:
+        elif part not in _UNION_MEMBERS and "[" not in part and not part[:1].isupper():
             path += f".{part}" if path else part
     return path
 
 
-_UNION_MEMBERS = frozenset({"str", "int", "float", "bool", "TextPart"})
+_UNION_MEMBERS = frozenset({"str", "int", "float", "bool"})
+"""Besides classes, whose names begin with a capital."""

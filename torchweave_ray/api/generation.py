@@ -9,9 +9,12 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torchweave_ray.api.endpoint import Call
+from torchweave_ray.api.running import StopSwitch
+from torchweave_ray.api.service import Service
 from torchweave_ray.errors import RequestError, Unavailable
 from torchweave_ray.outputs import (
     Backend,
@@ -26,47 +29,57 @@ from torchweave_ray.outputs import (
 
 logger = logging.getLogger(__name__)
 
+Outputs = AsyncGenerator[tuple[int, RequestOutput]]
+"""(index of the request, its news)"""
 
-def generate(
-    call: Call, backend: Backend, requests: Sequence[GenerateRequest]
-) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """(index of the request, its news); closed with the call at the latest."""
-    outputs = _one(backend, requests[0]) if len(requests) == 1 else _several(backend, requests)
+
+def generate(call: Call, service: Service, requests: Sequence[GenerateRequest]) -> Outputs:
+    """Closed with the call at the latest; DELETE /v1/requests/{id} can stop it."""
+    switches = call.stack.enter_context(service.running.open(call.id, len(requests)))
+    sources = [
+        _Source(service.backend, request, switch, index)
+        for index, (request, switch) in enumerate(zip(requests, switches, strict=True))
+    ]
+    outputs = _one(sources[0]) if len(sources) == 1 else _several(sources)
     call.stack.push_async_callback(outputs.aclose)
     return outputs
 
 
-async def _one(
-    backend: Backend, request: GenerateRequest, index: int = 0
-) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    outputs = backend.generate(request)
+@dataclass(frozen=True, slots=True)
+class _Source:
+    backend: Backend
+    request: GenerateRequest
+    switch: StopSwitch
+    index: int
+
+
+async def _one(source: _Source) -> Outputs:
+    outputs = source.backend.generate(source.request)
     is_last = False
     try:
-        async for output in outputs:
+        async for output in source.switch.outputs(outputs, source.request):
             is_last = output.is_last
-            yield index, output
+            yield source.index, output
     finally:
         await _close(outputs)
     if not is_last:
         raise Unavailable("the answer ended early")
 
 
-async def _several(
-    backend: Backend, requests: Sequence[GenerateRequest]
-) -> AsyncGenerator[tuple[int, RequestOutput]]:
+async def _several(sources: Sequence[_Source]) -> Outputs:
     """A task a request: as they share a queue, none waits for another one's client."""
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
-    async def pump(index: int, request: GenerateRequest) -> None:
+    async def pump(source: _Source) -> None:
         try:
-            async for item in _one(backend, request, index):
+            async for item in _one(source):
                 queue.put_nowait(item)
         except Exception as error:
             queue.put_nowait(error)
         else:
             queue.put_nowait(None)
 
-    tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
     num_open = len(tasks)
     try:
         while num_open:
@@ -138,11 +151,19 @@ class Progress:
         """Seconds; an extension that OpenAI's clients pass over."""
         if self.timings is None:
             return None
-        return {
-            "queue_s": round(self.timings.queue_s, 6),
-            "ttft_s": round(self.timings.ttft_s, 6),
-            "total_s": round(self.timings.total_s, 6),
+        queue_s, ttft_s, total_s = (
+            self.timings.queue_s,
+            self.timings.ttft_s,
+            self.timings.total_s,
+        )
+        seconds = {
+            "queue_s": queue_s,
+            "prefill_s": ttft_s - queue_s,
+            "ttft_s": ttft_s,
+            "decode_s": total_s - ttft_s,
+            "total_s": total_s,
         }
+        return {name: round(value, 6) for name, value in seconds.items()}
 
     def _log(self) -> None:
         total_s = time.perf_counter() - self._call.started_at
@@ -165,7 +186,9 @@ class Choice:
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
+        self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
 
@@ -175,6 +198,7 @@ class Choice:
 
     def add(self, delta: ChoiceDelta) -> None:
         self._pieces.append(delta.text)
+        self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
@@ -190,6 +214,9 @@ async def collect(
         progress.note(output)
         for delta in output.deltas:
             choices[prompt_index * n + delta.index].add(delta)
+        if output.prompt_logprobs is not None:
+            for choice in choices[prompt_index * n : (prompt_index + 1) * n]:
+                choice.prompt_logprobs = output.prompt_logprobs
     if progress.failure is not None:
         raise RequestError(progress.failure, None, "generation_failed")
     return choices

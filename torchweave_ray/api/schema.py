@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import invalid_body
 from torchweave_ray.errors import InvalidRequest, nearest
+from torchweave_ray.sampling_params import MAX_BAD_WORDS
+from torchweave_ray.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
 """Prompts times `n` of one call."""
@@ -22,6 +24,8 @@ class Body(BaseModel):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields of the protocol that we do not have; values that ask for nothing are accepted."""
+    reasons: ClassVar[Mapping[str, str]] = {}
+    """Why, for some of the unsupported."""
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields that clients send and that cannot change an answer; X-Ignored-Params lists them."""
 
@@ -37,6 +41,8 @@ class SamplingFields(Body):
     presence_penalty: float | None = Field(None, description="-2 to 2")
     frequency_penalty: float | None = Field(None, description="-2 to 2")
     logit_bias: dict[str, float] | None = Field(None, description="token id to -100..100")
+    allowed_token_ids: list[int] | None = Field(None, description="only these are drawn")
+    bad_words: list[str] | None = Field(None, description="up to 128; never written")
     seed: int | None = Field(None, description="choice i of n draws with seed + i")
     min_tokens: int | None = Field(None, description="no end before so many tokens")
     ignore_eos: bool | None = Field(None, description="go on after end-of-sequence")
@@ -45,15 +51,18 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool | None = Field(None, description="keep the stop string")
     skip_special_tokens: bool | None = Field(None, description="leave them out of the text")
 
-    def sampling_fields(self) -> dict[str, Any]:
+    def sampling_fields(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What the client set, as keyword arguments of `SamplingParams`."""
         values = {name: getattr(self, name) for name in SamplingFields.model_fields}
         values = {name: value for name, value in values.items() if value is not None}
         if "stop" in values:
             stop = values["stop"]
             values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "stop_token_ids" in values:
-            values["stop_token_ids"] = tuple(values["stop_token_ids"])
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if name in values:
+                values[name] = tuple(values[name])
+        if "bad_words" in values:
+            values["bad_words"] = _bad_words(values["bad_words"], tokenizer)
         if "logit_bias" in values:
             values["logit_bias"] = _token_biases(values["logit_bias"])
         return values
@@ -72,7 +81,9 @@ def parse(schema: type[B], call: Call) -> B:
             call.ignored.append(name)
         elif name in schema.unsupported:
             if value is not None and value not in schema.unsupported[name]:
-                raise InvalidRequest(f"{name} is not supported", name, "unsupported_parameter")
+                why = f": {schema.reasons[name]}" if name in schema.reasons else ""
+                message = f"{name} is not supported{why}"
+                raise InvalidRequest(message, name, "unsupported_parameter")
         else:
             hint = nearest(name, schema.model_fields)
             raise InvalidRequest(f"unknown field {name!r}{hint}", name, "unknown_parameter")
@@ -80,6 +91,16 @@ def parse(schema: type[B], call: Call) -> B:
         return schema.model_validate(known)
     except ValidationError as error:
         raise invalid_body(error) from None
+
+
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word as it is written at the start of a text and behind a space."""
+    if not all(word.strip() for word in words):
+        raise InvalidRequest("a bad word must not be empty", "bad_words")
+    if len(words) > MAX_BAD_WORDS // 2:
+        raise InvalidRequest(f"at most {MAX_BAD_WORDS // 2} bad words", "bad_words")
+    forms = (form for word in words for form in (word, f" {word.lstrip()}"))
+    return tuple(dict.fromkeys(tuple(tokenizer.encode(form, False)) for form in forms))
 
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:

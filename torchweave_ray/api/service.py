@@ -13,9 +13,10 @@ from typing import Any
 
 from torchweave_ray.api.grammar import Wanted
 from torchweave_ray.api.grammar_checks import GrammarChecks
+from torchweave_ray.api.running import RunningRequests
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.errors import InvalidRequest, ModelNotFound, Unavailable
-from torchweave_ray.outputs import Backend, GenerateRequest, ModelInfo
+from torchweave_ray.outputs import Backend, GenerateRequest, ModelInfo, OutputKind
 from torchweave_ray.sampling_params import MAX_SEED, SamplingParams
 from torchweave_ray.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ class Service:
     ) -> None:
         self.backend = backend
         self.settings = settings
+        self.running = RunningRequests()
         self.grammars = GrammarChecks()
         self._load_tokenizer = load_tokenizer
         self._tokenizers: dict[str, tuple[str, asyncio.Task[Tokenizer]]] = {}
@@ -107,6 +109,7 @@ class Service:
         *,
         n: int = 1,
         cache_salt: str = "",
+        priority: int = 0,
         exclusive: bool = False,
         seeded: bool = True,
         prompt_param: str = "prompt",
@@ -120,6 +123,7 @@ class Service:
         sampling.validate(info.vocab_size)
         if sampling.seed + n - 1 > MAX_SEED:
             raise InvalidRequest(f"seed + n must be at most {MAX_SEED}", "seed")
+        is_scored = sampling.prompt_logprobs is not None
         requests = []
         for index, prompt in enumerate(prompts):
             own = sampling if seeded or index == 0 else replace(sampling, seed=_random_seed())
@@ -132,6 +136,8 @@ class Service:
                     sampling=self._within_context(info, prompt, own, prompt_param),
                     n=n,
                     cache_salt=cache_salt,
+                    priority=priority,
+                    output_kind=OutputKind.PROMPT_LOGPROBS if is_scored else OutputKind.TOKENS,
                     exclusive=exclusive,
                 )
             )

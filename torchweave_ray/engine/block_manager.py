@@ -47,7 +47,10 @@ class BlockManager:
         blocks. At least one token is left to compute: its logits are wanted.
         """
         request = seq.state.request
-        if request.exclusive or request.output_kind is not OutputKind.TOKENS:
+        # Cached positions give no logits: a prompt is scored by computing it once.
+        is_scored = request.output_kind is OutputKind.PROMPT_LOGPROBS
+        is_unknown = is_scored and seq.state.needs_prompt_logprobs
+        if request.exclusive or request.output_kind is OutputKind.POOLED or is_unknown:
             return [], None
         source, end = seq.fork_source, seq.num_prompt_tokens - 1
         if source is not None and source.num_submitted_tokens >= end:

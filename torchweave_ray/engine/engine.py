@@ -96,8 +96,8 @@ class Engine:
             raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", "n")
         request.sampling.validate(limits.vocab_size)
         self._check_length(request)
-        is_plain = request.output_kind is OutputKind.TOKENS
-        if request.n > 1 and (request.exclusive or not is_plain or request.output_token_ids):
+        is_pooled = request.output_kind is OutputKind.POOLED
+        if request.n > 1 and (request.exclusive or is_pooled or request.output_token_ids):
             raise InvalidRequest("n must be 1 for an exclusive, resumed or pooled request", "n")
         for name in ("prompt_token_ids", "output_token_ids"):
             for token_id in getattr(request, name):

@@ -28,6 +28,9 @@ class StepOutput(enum.Enum):
     SAMPLE = "sample"
     PROMPT_LOGPROBS = "prompt_logprobs"
     POOL = "pool"
+    """The hidden state of the last position."""
+    POOL_ALL = "pool_all"
+    """The sum of those of all positions of the chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class StepResult:
     prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     """By seq_id: one entry per computed position, for the token that follows it."""
     pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)
-    """By seq_id: the final hidden state of the last position."""
+    """By seq_id: final hidden states, as `StepOutput` asked for them."""
     failed: Mapping[int, str] = field(default_factory=dict)
     """By seq_id: why this sequence cannot go on. The others can."""
 

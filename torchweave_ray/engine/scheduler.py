@@ -166,10 +166,10 @@ class Scheduler:
                 self.blocks.commit(seq, entry.start, entry.start + entry.num_tokens)
             if entry.output is StepOutput.PROMPT_LOGPROBS:
                 seq.state.add_prompt_logprobs(entry.start, result.prompt_logprobs[seq.seq_id])
-            elif entry.output is StepOutput.POOL:
-                seq.state.pooled = tuple(result.pooled[seq.seq_id])
-                self.finish(seq, FinishReason.STOP)
-                updates.append(SequenceUpdate(seq))
+            elif entry.output in (StepOutput.POOL, StepOutput.POOL_ALL):
+                if seq.state.add_pooled(entry, result.pooled[seq.seq_id]):
+                    self.finish(seq, FinishReason.STOP)
+                    updates.append(SequenceUpdate(seq))
             elif entry.output is StepOutput.SAMPLE:
                 updates.append(self._append(seq, entry, result, row))
         self.blocks.pass_fence(number)

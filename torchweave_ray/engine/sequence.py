@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torchweave_ray.block_hash import BlockHash, root_hash
-from torchweave_ray.engine.plan import IN_FLIGHT
+from torchweave_ray.engine.plan import IN_FLIGHT, ScheduledSequence, StepOutput
 from torchweave_ray.outputs import FinishReason, GenerateRequest, TokenLogprobs
 
 
@@ -54,6 +54,16 @@ class RequestState:
     @property
     def needs_prompt_logprobs(self) -> bool:
         return len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
+
+    def add_pooled(self, entry: ScheduledSequence, values: Iterable[float]) -> bool:
+        """Note what one chunk's positions gave; True when it was the prompt's last."""
+        end, num_prompt = entry.start + entry.num_tokens, entry.num_prompt_tokens
+        if entry.output is StepOutput.POOL_ALL:
+            values = [value / num_prompt for value in values]
+            if self.pooled is not None and entry.start > 0:  # from 0: it begins anew
+                values = [old + new for old, new in zip(self.pooled, values, strict=True)]
+        self.pooled = tuple(values)
+        return end == num_prompt
 
     def add_prompt_logprobs(self, start: int, logprobs: Iterable[TokenLogprobs]) -> None:
         """Those of the tokens after positions `start`..; ones known already are dropped."""

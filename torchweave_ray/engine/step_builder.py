@@ -13,7 +13,7 @@ from torchweave_ray.engine.plan import (
     StepPlan,
 )
 from torchweave_ray.engine.sequence import Sequence
-from torchweave_ray.outputs import OutputKind
+from torchweave_ray.outputs import OutputKind, Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,10 @@ class StepBuilder:
         return StepPlan(tuple(item.entry for item in self.items), tuple(self.copies))
 
     def _output(self, seq: Sequence, end: int) -> StepOutput:
-        kind = seq.state.request.output_kind
+        request = seq.state.request
+        kind = request.output_kind
+        if kind is OutputKind.POOLED and request.pooling is Pooling.MEAN:
+            return StepOutput.POOL_ALL
         if end < len(seq.token_ids):
             needed = kind is OutputKind.PROMPT_LOGPROBS and seq.state.needs_prompt_logprobs
             return StepOutput.PROMPT_LOGPROBS if needed else StepOutput.NONE

@@ -34,7 +34,7 @@ class Chunk:
         """The last rows of the chunk, so many of them."""
         if self.sequence.output is StepOutput.NONE:
             return 0
-        if self.sequence.output is StepOutput.PROMPT_LOGPROBS:
+        if self.sequence.output in (StepOutput.PROMPT_LOGPROBS, StepOutput.POOL_ALL):
             return self.num_positions
         return 1 + len(self.draft_token_ids)
 

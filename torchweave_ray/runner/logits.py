@@ -1,7 +1,8 @@
 """Edits of logits before the draw: bans, biases, penalties, bitmask, in this order, in place.
 
 Only rows that ask for something are touched, all of them together. Knows nothing of drawing.
-Order: banned ids -> logit_bias -> repetition, then presence and frequency penalties -> bitmask.
+Order: banned ids -> allowed ids -> logit_bias -> repetition, then presence and frequency
+penalties -> bitmask.
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ class LogitsEdit:
     """[ceil(vocab_size / 32)], bit set: allowed."""
 
 
+def bad_word_ends(
+    bad_words: Sequence[Sequence[int]], output_token_ids: Sequence[int]
+) -> tuple[int, ...]:
+    """The tokens that would complete a bad word right behind this output."""
+    return tuple(
+        word[-1]
+        for word in bad_words
+        if len(word) == 1 or list(output_token_ids[1 - len(word) :]) == list(word[:-1])
+    )
+
+
 def is_constrained(words: NDArray[np.int32]) -> bool:
     """Whether a row of a bitmask forbids anything (a free row is all ones)."""
     return bool((words != _EVERYTHING_ALLOWED).any())
@@ -85,6 +97,7 @@ def edit_logits(logits: Tensor, edits: Sequence[LogitsEdit]) -> None:
     if not edits:
         return
     _ban(logits, edits)
+    _keep_allowed(logits, edits)
     _add_bias(logits, edits)
     _penalise(logits, [e for e in edits if e.counts is not None])
     _mask(logits, [e for e in edits if e.allowed is not None])
@@ -95,6 +108,15 @@ def _ban(logits: Tensor, edits: Sequence[LogitsEdit]) -> None:
     if pairs:
         rows, ids = torch.tensor(pairs, device=logits.device).T
         logits[rows, ids] = -torch.inf
+
+
+def _keep_allowed(logits: Tensor, edits: Sequence[LogitsEdit]) -> None:
+    for edit in edits:
+        if edit.sampling.allowed_token_ids is not None:
+            ids = torch.tensor(edit.sampling.allowed_token_ids, device=logits.device)
+            kept = logits[edit.row, ids]
+            logits[edit.row] = -torch.inf
+            logits[edit.row, ids] = kept
 
 
 def _add_bias(logits: Tensor, edits: Sequence[LogitsEdit]) -> None:

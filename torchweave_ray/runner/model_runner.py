@@ -25,10 +25,17 @@ from torchweave_ray.models.spec import Executor
 from torchweave_ray.outputs import TokenLogprobs
 from torchweave_ray.runner.inputs import Chunk, build_inputs
 from torchweave_ray.runner.kv_cache import KVCache
-from torchweave_ray.runner.logits import LogitsEdit, TokenCounts, edit_logits, is_constrained
+from torchweave_ray.runner.logits import (
+    LogitsEdit,
+    TokenCounts,
+    bad_word_ends,
+    edit_logits,
+    is_constrained,
+)
 from torchweave_ray.runner.logprobs import token_logprobs
 from torchweave_ray.runner.sampler import NO_TOKEN, Draw, Sampler, sample
 
+_POOLING = (StepOutput.POOL, StepOutput.POOL_ALL)
 NON_FINITE = "the model gave logits that are not finite"
 NOTHING_ALLOWED = "no token is allowed here: bans, biases and grammar leave none"
 
@@ -104,7 +111,7 @@ class ModelRunner:
         num = len(plan.sequences)
         collected = _Collected([[] for _ in range(num)], [None] * num)
         chunks = [_chunk(plan, index) for index in range(num)]
-        pooling = [c for c in chunks if c.sequence.output is StepOutput.POOL]
+        pooling = [c for c in chunks if c.sequence.output in _POOLING]
         with torch.inference_mode():
             self._kv_cache.copy_blocks(plan.block_copies)
             if len(pooling) < num:
@@ -128,11 +135,11 @@ class ModelRunner:
         """Pooling sequences make a batch of their own: their head is another."""
         inputs = build_inputs(chunks, self._limits.block_size, self._device)
         hidden = self._executor.hidden(inputs, self._kv_cache.layers)
-        finite = torch.isfinite(hidden).all(dim=-1).tolist()
-        for chunk, values, is_finite in zip(chunks, hidden.tolist(), finite, strict=True):
+        parts = torch.split(hidden, [chunk.num_logit_rows for chunk in chunks])
+        for chunk, rows in zip(chunks, parts, strict=True):
             seq_id = chunk.sequence.seq_id
-            if is_finite:
-                collected.pooled[seq_id] = values
+            if torch.isfinite(rows).all():
+                collected.pooled[seq_id] = rows.sum(dim=0).tolist()
             else:
                 collected.failed[seq_id] = "the model gave a hidden state that is not finite"
 
@@ -143,7 +150,7 @@ class ModelRunner:
         num_rows = 0
         for index, chunk in enumerate(chunks):
             seq = chunk.sequence
-            if seq.output is StepOutput.POOL:
+            if seq.output in _POOLING:
                 continue
             batch.append(chunk)
             if seq.output is StepOutput.PROMPT_LOGPROBS:
@@ -165,7 +172,7 @@ class ModelRunner:
     def _score_prompt(self, seq: ScheduledSequence, logits: Tensor, collected: _Collected) -> None:
         """Logprobs of the tokens that follow this chunk's; the scheduler sees that all exist."""
         following = list(seq.token_ids[seq.start + 1 : seq.start + seq.num_tokens + 1])
-        num_top = [seq.sampling.logprobs or 0] * seq.num_tokens
+        num_top = [seq.sampling.prompt_logprobs or 0] * seq.num_tokens
         entries = token_logprobs(logits, following, num_top)
         if all(math.isfinite(entry.logprob) for entry in entries):
             collected.prompt_logprobs[seq.seq_id] = entries
@@ -202,10 +209,13 @@ class ModelRunner:
         if plan.bitmask is not None and is_constrained(plan.bitmask[row.index]):
             allowed = plan.bitmask[row.index]
         counts = self._counts_of(row) if seq.sampling.has_penalties else None
-        is_plain = not seq.banned_token_ids and not seq.sampling.logit_bias
+        sampling, banned = seq.sampling, seq.banned_token_ids
+        if sampling.bad_words:
+            banned += bad_word_ends(sampling.bad_words, _output_before(row))
+        is_plain = not (banned or sampling.logit_bias or sampling.allowed_token_ids)
         if is_plain and allowed is None and counts is None:
             return None
-        return LogitsEdit(logits_row, seq.sampling, seq.banned_token_ids, counts, allowed)
+        return LogitsEdit(logits_row, sampling, banned, counts, allowed)
 
     def _counts_of(self, row: _DrawRow) -> TokenCounts:
         seq = row.sequence
@@ -224,6 +234,14 @@ def _chunk(plan: StepPlan, index: int) -> Chunk:
     if drafts and plan.bitmask is not None and is_constrained(plan.bitmask[index]):
         drafts = ()
     return Chunk(seq, drafts)
+
+
+def _output_before(row: _DrawRow) -> list[int]:
+    """The generated tokens that this draw comes after, as many as a bad word may have."""
+    seq = row.sequence
+    end = seq.start + seq.num_tokens
+    start = max(seq.num_prompt_tokens, end - max(map(len, seq.sampling.bad_words)))
+    return [*seq.token_ids[start:end], *row.draft_token_ids]
 
 
 def _draw_of(row: _DrawRow) -> Draw:

@@ -84,10 +84,10 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._special_texts = frozenset(token.content for token in added.values() if token.special)
         self._json = tokenizer_json
-        self._special_ids = frozenset(
-            i for i, token in backend.get_added_tokens_decoder().items() if token.special
-        )
         self._token_bytes = TokenBytes.of(backend)
         self._template = _chat_template(config)
         self._template_tokens = _template_tokens(config)
@@ -154,6 +154,15 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    def is_special(self, text: str) -> bool:
+        """Whether this is a special token, which a text leaves out by default."""
+        return text in self._special_texts
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its Jinja source."""
+        return self._template
 
     def warm(self) -> None:
         """Load the template renderer and compile the template now (about a second)."""

@@ -27,7 +27,7 @@ class NativeApi:
     async def stream(self, call: Call) -> ASGIApp:
         request = await self._request(call, exclusive=False)
         progress = Progress(call, request.model)
-        outputs = generate(call, self._service.backend, [request])
+        outputs = generate(call, self._service, [request])
         interval = self._service.settings.ping_interval_s
         return EventStream(call, outputs, _TextWriter(progress), interval)
 
@@ -35,7 +35,7 @@ class NativeApi:
         """The baseline: this request is alone in its steps."""
         request = await self._request(call, exclusive=True)
         progress = Progress(call, request.model)
-        outputs = generate(call, self._service.backend, [request])
+        outputs = generate(call, self._service, [request])
         (choice,) = await collect(outputs, progress, num_prompts=1, n=1)
         answer = {
             "text": choice.text,
@@ -55,7 +55,9 @@ class NativeApi:
         )
         if not body.prompt:
             raise InvalidRequest("prompt must not be empty", "prompt")
-        sampling = self._service.sampling(body.sampling_fields(), body.max_new_tokens)
+        sampling = self._service.sampling(
+            body.sampling_fields(model.tokenizer), body.max_new_tokens
+        )
         try:
             (request,) = self._service.requests(
                 model, f"gen-{call.id}", [prompt], sampling, exclusive=exclusive

@@ -33,6 +33,49 @@ def completion_logprobs(
     }
 
 
+def echoed_logprobs(
+    tokenizer: Tokenizer, prompt: Sequence[int], entries: Sequence[TokenLogprobs | None]
+) -> dict[str, Any]:
+    """The same lists for a prompt, whose first token has no log-probability."""
+    first = _token_text(tokenizer, prompt[0])
+    rest = [entry for entry in entries[1:] if entry is not None]
+    shown = completion_logprobs(tokenizer, rest, len(first))
+    return {
+        "tokens": [first, *shown["tokens"]],
+        "token_logprobs": [None, *shown["token_logprobs"]],
+        "top_logprobs": [None, *shown["top_logprobs"]],
+        "text_offset": [0, *shown["text_offset"]],
+    }
+
+
+def joined_logprobs(*parts: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The lists of several, one behind the other; None when there are none."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    return {name: [value for part in found for value in part[name]] for name in found[0]}
+
+
+def prompt_logprobs_json(
+    tokenizer: Tokenizer, entries: Iterable[TokenLogprobs | None]
+) -> list[dict[str, Any] | None]:
+    """By position: token id to its log-probability, rank and text, as vLLM has it."""
+    return [None if entry is None else _by_token(tokenizer, entry) for entry in entries]
+
+
+def _by_token(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, Any]:
+    ranked = {token_id: (value, rank) for rank, (token_id, value) in enumerate(entry.top, 1)}
+    ranked[entry.token_id] = (entry.logprob, entry.rank)
+    return {
+        str(token_id): {
+            "logprob": _finite(value),
+            "rank": rank,
+            "decoded_token": tokenizer.token_bytes(token_id).decode("utf-8", "replace"),
+        }
+        for token_id, (value, rank) in ranked.items()
+    }
+
+
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """The nested lists of /v1/chat/completions."""
     content = [

@@ -1,0 +1,1 @@
+"""Conversations, whatever the protocol: messages to a prompt, an answer's text to its parts."""

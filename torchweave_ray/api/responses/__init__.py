@@ -1,0 +1,1 @@
+"""/v1/responses without a store: every call brings its whole conversation."""

@@ -1,0 +1,78 @@
+"""Every path, what /openapi.json says of it, and who answers. Knows nothing of routing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torchweave_ray.api.anthropic.messages import MessagesApi
+from torchweave_ray.api.anthropic.schema import CountBody, MessagesBody
+from torchweave_ray.api.native.generate import NativeApi
+from torchweave_ray.api.native.schema import GenerateBody
+from torchweave_ray.api.openai.chat import ChatApi
+from torchweave_ray.api.openai.completions import CompletionsApi
+from torchweave_ray.api.openai.embeddings import EmbeddingsApi, EmbeddingsBody
+from torchweave_ray.api.openai.models import ModelsApi
+from torchweave_ray.api.openai.schema import ChatBody, CompletionBody
+from torchweave_ray.api.openai.tokens import (
+    DetokenizeBody,
+    TokenizeBody,
+    TokenizeChatBody,
+    TokensApi,
+)
+from torchweave_ray.api.reference import Operation
+from torchweave_ray.api.requests import RequestsApi
+from torchweave_ray.api.responses.create import ResponsesApi
+from torchweave_ray.api.responses.schema import ResponsesBody
+from torchweave_ray.api.service import Service
+from torchweave_ray.api.status import CheckHealth, StatusApi
+
+Row = tuple[Operation, Callable[..., Any]]
+"""GET and DELETE take Starlette's request, POST an endpoint's `Call`."""
+
+
+def paths(service: Service, check_health: CheckHealth) -> list[Row]:
+    return [*_about(service, check_health), *_generating(service)]
+
+
+def _about(service: Service, check_health: CheckHealth) -> list[Row]:
+    status, tokens = StatusApi(service, check_health), TokensApi(service)
+    models = ModelsApi(service, created=int(time.time()))
+    requests = RequestsApi(service)
+    tokenize = (TokenizeBody, TokenizeChatBody)
+    return [
+        (Operation("GET", "/health", "whether a request would be answered now"), status.health),
+        (Operation("GET", "/readyz", "the same"), status.health),
+        (Operation("GET", "/livez", "this process runs"), status.live),
+        (Operation("GET", "/model", "the model served, and its limits"), status.model),
+        (Operation("GET", "/v1/models", "the models served"), models.all),
+        (Operation("GET", "/v1/models/{model_id:path}", "one of them"), models.one),
+        (Operation("DELETE", "/v1/requests/{request_id}", "stop a request"), requests.stop),
+        (
+            Operation("POST", "/tokenize", "token ids of a prompt or chat", tokenize),
+            tokens.tokenize,
+        ),
+        (Operation("POST", "/detokenize", "their text", (DetokenizeBody,)), tokens.detokenize),
+        (Operation("POST", "/render", "the prompt of a chat", (ChatBody,)), tokens.render),
+    ]
+
+
+def _generating(service: Service) -> list[Row]:
+    embed = EmbeddingsApi(service).create
+    native, messages = NativeApi(service), MessagesApi(service)
+    count = Operation("POST", "/v1/messages/count_tokens", "of a message", (CountBody,))
+
+    def post(path: str, body: type[Any], streams: bool = True) -> Operation:
+        return Operation("POST", path, "generate", (body,), streams)
+
+    return [
+        (post("/v1/generate", GenerateBody), native.stream),
+        (post("/v1/generate_nobatch", GenerateBody, False), native.unbatched),
+        (post("/v1/completions", CompletionBody), CompletionsApi(service).create),
+        (post("/v1/chat/completions", ChatBody), ChatApi(service).create),
+        (post("/v1/responses", ResponsesBody), ResponsesApi(service).create),
+        (post("/v1/messages", MessagesBody), messages.create),
+        (Operation("POST", "/v1/embeddings", "vectors of texts", (EmbeddingsBody,)), embed),
+        (count, messages.count_tokens),
+    ]
