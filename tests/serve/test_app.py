@@ -240,7 +240,7 @@ def test_a_tampered_artifact_is_named(served: Served, tmp_path: Path) -> None:
     (artifact / WEIGHTS).write_bytes(raw)
     args = served.args(artifact=str(artifact), num_replicas=1, num_cpus=0.1)
     bad = config(args, name="bad", route_prefix="/bad")
-    deploy(bad)
+    deploy(served.config(), served.handle_config(), bad)
     wait_until(lambda: f"{WEIGHTS} was altered" in cluster.deployment_message("bad", TINY))
     client = Client(served.bus.port, "/bad")
     answer = wait_until(lambda: _if_unavailable(client))
