@@ -84,7 +84,9 @@ def load_model(
     kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, dtype)
     threads = set_num_threads(config.runner.threads)
     with stages.timed("weights"):
-        placement = Placement(dtype, device, threads, config.runner.executor)
+        placement = Placement(
+            dtype, device, threads, config.runner.executor, config.cache.block_size
+        )
         executor = open_executor(artifact_dir, model, manifest, placement, TorchPagedAttention())
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.

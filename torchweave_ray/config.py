@@ -33,7 +33,7 @@ class StepCost:
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     block_size: int = 16
-    """Tokens a block of KV cache."""
+    """Tokens a block of KV cache. The native executor takes multiples of 16."""
     kv_memory: int | Literal["auto"] = "auto"
     """Bytes of KV cache; auto: a share of the memory that is free for this replica."""
     kv_memory_share: float = 0.5

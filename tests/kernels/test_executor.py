@@ -71,7 +71,7 @@ class NativeDecoder(PagedDecoder):
         seed: int = 0,
         formats: Formats | None = None,
     ) -> None:
-        super().__init__(artifact, num_blocks=128, dtype=torch.bfloat16, seed=seed)
+        super().__init__(artifact, num_blocks=128, block_size=16, dtype=torch.bfloat16, seed=seed)
         config = ModelConfig.from_hf(read_hf_config(artifact))
         weights = load_weights(artifact, config, torch.bfloat16, torch.device("cpu"))
         packed = _quantized(weights, formats or {})
@@ -190,8 +190,8 @@ def test_rows_that_need_no_logits_change_nothing(tmp_path: Path, library: Librar
     decoder = NativeDecoder(make_tiny_artifact(tmp_path, dtype=torch.bfloat16), library)
     texts = [Text(ids, [2 * i, 2 * i + 1]) for i, ids in enumerate(_texts(9, 4))]
     chunks = [(text, len(text.token_ids)) for text in texts]
-    every = decoder.executor.forward(make_inputs(chunks, 8), decoder.kv).clone()
-    last = decoder.executor.forward(make_inputs(chunks, 8, all_rows=False), decoder.kv)
+    every = decoder.executor.forward(make_inputs(chunks, 16), decoder.kv).clone()
+    last = decoder.executor.forward(make_inputs(chunks, 16, all_rows=False), decoder.kv)
     assert torch.equal(last, every[[8, 12]])
 
 
@@ -226,8 +226,11 @@ def test_what_cannot_be_lowered_says_why(
     assert "the torch executor runs this model" in caplog.text
     config = ModelConfig.from_hf(read_hf_config(artifact))
     weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
+    fits = make_tiny_artifact(tmp_path / "fits", dtype=torch.bfloat16)
     with pytest.raises(CannotLower, match="float32"):
         lower(build_spec(config), weights)
+    with pytest.raises(ConfigError, match=r"'native', but cache\.block_size 24 is no mult"):
+        LLM(fits, max_model_len=64, cache={"block_size": 24}, runner={"executor": "native"})
     monkeypatch.setenv(ISA_VARIABLE, "sse9")
     with pytest.raises(ConfigError, match="must be none or one of"):
         LLM(artifact, max_model_len=64)

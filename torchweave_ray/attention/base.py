@@ -32,6 +32,9 @@ class StepInputs:
 class LayerKV:
     """KV cache of one layer. An int8 one holds codes, with a scale for each head and position.
 
+    What lies where within a block of a head is the executor's own: the native one orders a bf16
+    cache its way (kernels/kv_layout.py). So executors share no cache; whole blocks can be copied.
+
     Scales are fp32, not bf16 or fp16: that takes any range of keys, needs no conversion where it
     is read, and costs 3 % of the cache.
     """

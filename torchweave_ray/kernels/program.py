@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchweave_ray.attention.base import LayerKV, StepInputs
+from torchweave_ray.kernels.kv_layout import SUB
 from torchweave_ray.kernels.library import Team
 from torchweave_ray.kernels.structs import BLOCK_BYTES, MAX_BUFFERS, MAX_ROPES, PANEL, Op, Step
 
@@ -126,7 +127,8 @@ class Program:
             addresses = (ctypes.c_void_p * len(kv))(*(t.data_ptr() for t in tensors if is_there))
             setattr(self._step, name, ctypes.addressof(addresses) if is_there else None)
             self._pointers.append(addresses)
-        self._step.block_size = kv[0].keys.shape[2] if kv else 1
+        self._step.block_size = kv[0].keys.shape[2] if kv else SUB
+        assert self._step.block_size % SUB == 0
         self._kv = kv
 
 

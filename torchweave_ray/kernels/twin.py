@@ -19,6 +19,7 @@ from torchweave_ray.attention.base import (
     dequantize_kv,
     quantize_kv,
 )
+from torchweave_ray.kernels.kv_layout import pack_keys, pack_values, unpack_keys, unpack_values
 from torchweave_ray.kernels.packing import PackedLinear, unpack_linear, unpack_quantized
 from torchweave_ray.kernels.program import RopeTable
 from torchweave_ray.kernels.quantization import (
@@ -113,7 +114,8 @@ def rope_kv(
     eps: float = 1e-6,
 ) -> Tensor:
     """qkv [T, (num_heads + 2 num_kv_heads) * head_dim] fp32: queries normed, rotated, bf16; keys
-    likewise, and values, into their slots of `kv`, as bf16 or as int8 codes with scales."""
+    likewise, and values, into their slots of `kv`, as bf16 in `kv_layout`'s order or as int8 codes
+    with scales."""
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     x = qkv.view(-1, heads + 2 * kv_heads, dim)
     queries, keys, values = x[:, :heads], x[:, heads:-kv_heads], x[:, -kv_heads:]
@@ -124,14 +126,15 @@ def rope_kv(
         rotated.append(x if rope is None else _rotate(x, rope, inputs))
     block_size = kv.keys.shape[2]
     blocks, offsets = inputs.slot_mapping // block_size, inputs.slot_mapping % block_size
-    for cache, scales, new in (
-        (kv.keys, kv.key_scales, rotated[1]),
-        (kv.values, kv.value_scales, values),
-    ):
-        if scales is None:
-            cache[blocks, :, offsets] = new.bfloat16()
-        else:
-            cache[blocks, :, offsets], scales[blocks, :, offsets] = quantize_kv(new)
+    at = (blocks, slice(None), offsets)
+    if kv.key_scales is None or kv.value_scales is None:
+        cached_keys, cached_values = unpack_keys(kv.keys), unpack_values(kv.values)
+        cached_keys[at], cached_values[at] = rotated[1].bfloat16(), values.bfloat16()
+        kv.keys.copy_(pack_keys(cached_keys))
+        kv.values.copy_(pack_values(cached_values))
+    else:
+        kv.keys[at], kv.key_scales[at] = quantize_kv(rotated[1])
+        kv.values[at], kv.value_scales[at] = quantize_kv(values)
     return rotated[0].bfloat16().flatten(1)
 
 
@@ -149,15 +152,17 @@ def attend(queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionSha
     out = torch.empty_like(queries)
     bounds = itertools.pairwise(inputs.query_start_loc.tolist())
     block_size = kv.keys.shape[2]
+    if kv.key_scales is None or kv.value_scales is None:
+        all_keys, all_values = unpack_keys(kv.keys), unpack_values(kv.values)
+    else:
+        all_keys = dequantize_kv(kv.keys, kv.key_scales)
+        all_values = dequantize_kv(kv.values, kv.value_scales)
     for s, (start, end) in enumerate(bounds):
         seq_len = int(inputs.seq_lens[s])
         positions = torch.arange(seq_len)
         blocks = inputs.block_tables[s, positions // block_size].long()
         at = (blocks, slice(None), positions % block_size)
-        keys, values = kv.keys[at].float(), kv.values[at].float()
-        if kv.key_scales is not None and kv.value_scales is not None:
-            keys = dequantize_kv(kv.keys[at], kv.key_scales[at])
-            values = dequantize_kv(kv.values[at], kv.value_scales[at])
+        keys, values = all_keys[at].float(), all_values[at].float()
         q = queries[start:end].view(end - start, shape.num_heads, shape.head_dim).float()
         scores = torch.einsum("thd,lhd->htl", q, keys.repeat_interleave(group, dim=1))
         scores *= shape.scale

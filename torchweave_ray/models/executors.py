@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchweave_ray.attention.base import AttentionBackend
 from torchweave_ray.errors import ConfigError
+from torchweave_ray.kernels.kv_layout import SUB
 from torchweave_ray.kernels.library import KernelsUnavailable, load_library
 from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.models.artifact import Manifest
@@ -39,6 +40,8 @@ class Placement:
     num_threads: int
     """Of the native executor; torch's are set by whoever owns the process."""
     executor: Literal["auto", "torch", "native"] = "auto"
+    block_size: int = SUB
+    """Of the KV cache."""
 
 
 def open_executor(
@@ -59,6 +62,10 @@ def open_executor(
     if placement.executor != "torch":
         try:
             library = load_library()
+            if placement.block_size % SUB != 0:
+                raise CannotLower(
+                    f"cache.block_size {placement.block_size} is no multiple of {SUB}"
+                )
             stored: Mapping[str, Tensor | PackedLinear]
             if manifest.layout != LAYOUT and dtype == torch.bfloat16 and device.type == "cpu":
                 stored = map_packed(directory, config, manifest)

@@ -8,6 +8,7 @@
 #define TW_GROUP 32          // inputs that share a scale
 #define TW_SPLIT 256         // positions of an attention split: fixed and absolute
 #define TW_TILE 64           // positions of an attention tile: fixed and absolute
+#define TW_SUB 16            // positions that lie together in the cache: blocks are whole subs
 #define TW_MAX_BUFFERS 16
 #define TW_MAX_ROPES 4
 #define TW_MAX_HEAD_DIM 256
@@ -87,7 +88,8 @@ struct TwStep {
     const int32_t* block_tables;     // [S, block_table_stride]
     int64_t block_table_stride;
     const int64_t* logit_rows;       // [R]
-    void* const* keys;  // [layers]: bf16 or int8 [blocks, num_kv_heads, block_size, head_dim]
+    // [layers]: int8 [blocks, num_kv_heads, block_size, head_dim], or bf16 as attention.h says
+    void* const* keys;
     void* const* values;
     float* const* key_scales;        // null: bf16; else of int8: [blocks, num_kv_heads, block_size]
     float* const* value_scales;

@@ -1,4 +1,4 @@
-// A tile of attention over an int8 cache. Queries and shares become int16 with a scale for each row,
+// Attention over a split of an int8 cache, row-major blocks. Queries and shares become int16 with a scale for each row,
 // codes are widened to int16: products are exact integers, the same on every instruction set.
 #pragma once
 #include "attention_tile.h"
@@ -45,12 +45,14 @@ static void quantize_rows(Rows& rows, int64_t dim, int16_t* codes) {
     }
 }
 
-// Codes of 16 positions -> out [pair][16 positions][2] int16.
-static inline void transpose_codes(const int8_t* const* keys, int64_t dim, uint16_t* out) {
+// Codes of a sub -> out [pair][16 positions][2] int16.
+static inline void transpose_codes(const int8_t* sub, int64_t dim, uint16_t* out) {
     alignas(64) uint16_t fours[16 * SUB * 2];
+    const uint16_t* keys[SUB];
+    for (int j = 0; j < SUB; j++) keys[j] = (const uint16_t*)(sub + j * dim);
     for (int64_t at = 0; at < dim; at += 64) {
         const int num = (int)(dim - at < 64 ? dim - at : 64) / 4;
-        transpose_pairs((const uint16_t* const*)keys, at / 2, num, fours);
+        transpose_pairs(keys, at / 2, num, fours);
         for (int i = 0; i < num; i++, out += SUB * 4)
             for (int v = 0; v < VECS_OF_SUB; v++) {
                 const P bytes = load_pairs(fours + i * SUB * 2 + v * W * 2);
@@ -60,112 +62,77 @@ static inline void transpose_codes(const int8_t* const* keys, int64_t dim, uint1
     }
 }
 
-// Values of two positions -> out [acc stride][2] int16, each 2 W dims as W even, W odd ones.
-static inline void zip_values(const int8_t* first, const int8_t* second, int64_t dim,
-                              uint16_t* out) {
-    for (int64_t i = 0; i < tw_acc_stride(dim); i += 2 * W, out += 4 * W) {
-        P a = P{}, b = P{};
-        if (i + 2 * W <= dim) {
-            a = load_bytes(first + i), b = load_bytes(second + i);
-        } else if (i < dim) {
-            a = load_some_bytes(first + i, (int)(dim - i));
-            b = load_some_bytes(second + i, (int)(dim - i));
+static void score_split(const TwOp& op, const TwStep& step, const Rows& rows,
+                        Split<int8_t>& split) {
+    const int64_t dim = op.head_dim;
+    const int8_t* keys = (const int8_t*)step.keys[op.layer];
+    const int8_t* values = (const int8_t*)step.values[op.layer];
+    alignas(64) uint16_t wide[TW_MAX_HEAD_DIM * TW_TILE];
+    for (int j = split.from; j < split.to; j += TW_TILE) {
+        const uint16_t* tile[TILE_SUBS];
+        int subs = 0;
+        for (; subs < TILE_SUBS && j + subs * SUB < split.to; subs++) {
+            const int64_t at = split.slots[j / SUB + subs] * dim;
+            fetch(values + at, dim);
+            transpose_codes(keys + at, dim, wide + subs * SUB * dim);
+            tile[subs] = wide + subs * SUB * dim;
         }
-        store_pairs(out, zip_low(a, b));
-        store_pairs(out + 2 * W, zip_high(a, b));
+        score_tile<P>(rows, subs, dim / 2, tile, nullptr, split.scores + j);
     }
 }
 
-// acc[row .. row + R][B vectors from `at`] = acc * correction + (sum of share * value) * scale
+// acc[R rows][B vectors] += (sum over pairs of share * value) * scale
 template <int R, int B>
-static inline void add_codes(State& s, int row, int64_t stride, int64_t at, int pairs,
-                             const uint16_t* values, const int16_t* shares, const float* scale,
-                             const float* correction) {
+static inline void add_codes(float* acc, int64_t dim, int pairs, const uint16_t* values,
+                             const uint16_t* shares, const float* scale) {
     P sum[R][B];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < B; v++) sum[r][v] = P{};
-    for (int j = 0; j < pairs; j++) {
+    for (int j = 0; j < pairs; j++, values += dim * 2) {
         P value[B];
-        for (int v = 0; v < B; v++) value[v] = load_pairs(values + (j * stride + at + v * W) * 2);
+        for (int v = 0; v < B; v++) value[v] = load_pairs(values + v * W * 2);
         for (int r = 0; r < R; r++) {
-            const P share = set1_pair((const uint16_t*)shares + (row + r) * TW_TILE + j * 2);
+            const P share = set1_pair(shares + r * TW_SPLIT + j * 2);
             for (int v = 0; v < B; v++) sum[r][v] = dot_pairs(sum[r][v], value[v], share);
         }
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < B; v++) {
-            float* acc = s.acc + (row + r) * stride + at + v * W;
-            const F old = mul(load(acc), set1(correction[row + r]));
-            store(acc, fma(to_float(sum[r][v]), set1(scale[row + r]), old));
+            float* at = acc + r * dim + v * W;
+            store(at, fma(to_float(sum[r][v]), set1(scale[r]), load(at)));
         }
 }
 
-template <int R>
-static inline void add_all_codes(State& s, int row, int64_t stride, int pairs,
-                                 const uint16_t* values, const int16_t* shares, const float* scale,
-                                 const float* correction) {
-    int64_t at = 0;
-    for (; at + 4 * W <= stride; at += 4 * W)
-        add_codes<R, 4>(s, row, stride, at, pairs, values, shares, scale, correction);
-    for (; at < stride; at += 2 * W)
-        add_codes<R, 2>(s, row, stride, at, pairs, values, shares, scale, correction);
-}
-
-template <int R>
-static inline void add_codes_left(State& s, int row, int left, int64_t stride, int pairs,
-                                  const uint16_t* values, const int16_t* shares,
-                                  const float* scale, const float* correction) {
-    if constexpr (R > 0) {
-        if (left == R)
-            add_all_codes<R>(s, row, stride, pairs, values, shares, scale, correction);
-        else
-            add_codes_left<R - 1>(s, row, left, stride, pairs, values, shares, scale, correction);
-    }
-}
-
-// `num`: positions of the tile up to the last that any row sees.
-static void attend_tile(const TwOp& op, const Rows& rows, State& s, const Tile<int8_t>& tile,
-                        int num, const Tile<int8_t>* ahead) {
-    const int64_t dim = op.head_dim, stride = tw_acc_stride(dim);
-    const int subs = (num + SUB - 1) / SUB, seen = subs * SUB;
-    alignas(64) uint16_t wide[TW_MAX_HEAD_DIM * TW_TILE];  // keys, then values
-    alignas(64) float scores[MAX_ROWS * TW_TILE];
-    alignas(64) int16_t shares[MAX_ROWS * TW_TILE];
-    alignas(64) float key_scales[TW_TILE], value_scales[TW_TILE];
-    float correction[MAX_ROWS], scale[MAX_ROWS];
-    for (int j = 0; j < seen; j++) {
-        key_scales[j] = *tile.key_scales[j];
-        value_scales[j] = *tile.value_scales[j];
-    }
-    for (int b = 0; b < subs; b++) {
-        if (ahead != nullptr) fetch(ahead->keys, b * TW_TILE / subs, (b + 1) * TW_TILE / subs, dim);
-        transpose_codes(tile.keys + b * SUB, dim, wide + b * SUB * dim);
-    }
-    score_rows<P>(rows, subs, dim / 2, wide, scores);
+static void add_split(const TwOp& op, const TwStep& step, const Rows& rows, Split<int8_t>& split,
+                      const Ahead& ahead, State& s) {
+    const int64_t dim = op.head_dim;
+    const int8_t* keys = (const int8_t*)step.keys[op.layer];
+    const int8_t* values = (const int8_t*)step.values[op.layer];
+    const int num = (split.to + SUB - 1) / SUB * SUB - split.from;
+    alignas(64) uint16_t wide[TW_MAX_HEAD_DIM * TW_TILE];  // [pair of positions][head_dim][2]
+    float scale[MAX_ROWS];
     for (int r = 0; r < rows.n; r++) {
-        const int first = (int)(rows.first[r] > tile.start ? rows.first[r] - tile.start : 0);
-        const int end = (int)(rows.end[r] < tile.start + num ? rows.end[r] - tile.start : num);
-        float* row = scores + r * TW_TILE;
-        correction[r] = 1.0f, scale[r] = 0.0f;
-        if (first < end) {
-            correction[r] = soften(op, s, r, first, end, seen, rows.scale[r], key_scales, row);
-            for (int j = 0; j < seen; j += W) store(row + j, mul(load(row + j), load(value_scales + j)));
-            scale[r] = quantize_int16(row, seen, shares + r * TW_TILE);
-        } else {  // sees nothing of this tile: stays as it is
-            __builtin_memset(shares + r * TW_TILE, 0, seen * sizeof(int16_t));
+        const int at = r * TW_SPLIT + split.from;
+        scale[r] = quantize_int16(split.scores + at, num, (int16_t*)split.shares + at);
+    }
+    for (int b = 0; b < ahead.num; b++) fetch(keys + ahead.slots[b] * dim, dim);
+    for (int j = split.from; j < split.to; j += TW_TILE) {
+        int pairs = 0;
+        for (; pairs < TW_TILE / 2 && j + 2 * pairs < split.to; pairs++) {
+            const int at = j + 2 * pairs;
+            const int8_t* first = values + (split.slots[at / SUB] + at % SUB) * dim;
+            for (int64_t i = 0; i < dim; i += W)
+                store_pairs(wide + (pairs * dim + i) * 2,
+                            zip(load_bytes(first + i), load_bytes(first + dim + i)));
         }
+        in_parts<VALUE_ROWS>(rows.n, [&](auto r, int row) {
+            in_parts<VALUE_VECS>((int)(dim / W), [&](auto b, int vec) {
+                add_codes<decltype(r)::value, decltype(b)::value>(
+                    s.acc + row * dim + vec * W, dim, pairs, wide + vec * W * 2,
+                    split.shares + row * TW_SPLIT + j, scale + row);
+            });
+        });
     }
-    const int pairs = (num + 1) / 2;
-    for (int j = 0; j < pairs; j++) {
-        if (ahead != nullptr) fetch(ahead->values, j * 2, j * 2 + 2, dim);
-        zip_values(tile.values[2 * j], tile.values[2 * j + 1], dim, wide + j * stride * 2);
-    }
-    if (ahead != nullptr) fetch(ahead->values, pairs * 2, TW_TILE, dim);
-    int row = 0;
-    for (; row + VALUE_ROWS <= rows.n; row += VALUE_ROWS)
-        add_all_codes<VALUE_ROWS>(s, row, stride, pairs, wide, shares, scale, correction);
-    add_codes_left<VALUE_ROWS - 1>(s, row, rows.n - row, stride, pairs, wide, shares, scale,
-                                   correction);
 }
 
 }  // namespace

@@ -101,6 +101,21 @@ static inline void store_row(uint16_t* out, const float* x, int64_t dim) {
     for (int64_t i = 0; i < dim; i += W) store_bf16(out + i, load(x + i));
 }
 
+// One position into its sub: keys [pair of dims][16][2], values [pair of positions][head_dim][2].
+// Other positions' halves of a pair are other threads' to write.
+static inline void store_key(uint16_t* sub, const float* key, int64_t dim, int64_t position) {
+    alignas(64) uint16_t row[TW_MAX_HEAD_DIM];
+    store_row(row, key, dim);
+    for (int64_t i = 0; i < dim; i += 2)
+        __builtin_memcpy(sub + i * TW_SUB + position * 2, row + i, 2 * sizeof(uint16_t));
+}
+static inline void store_value(uint16_t* sub, const float* value, int64_t dim, int64_t position) {
+    alignas(64) uint16_t row[TW_MAX_HEAD_DIM];
+    store_row(row, value, dim);
+    uint16_t* out = sub + position / 2 * dim * 2 + position % 2;
+    for (int64_t i = 0; i < dim; i++) out[i * 2] = row[i];
+}
+
 // Symmetric int8: x = codes * scale, scale = max|x| / 127. Where x is not finite the scale is NaN:
 // it spoils what reads this position and nothing else.
 static inline float quantize_row(int8_t* out, const float* x, int64_t dim) {
@@ -139,8 +154,9 @@ static void rope_kv(const TwOp& op, const TwStep& step, int64_t token) {
         const float* value = x + kv_heads * dim;
         const int64_t at = (block * kv_heads + head) * size + offset;
         if (step.key_scales == nullptr) {
-            store_row((uint16_t*)step.keys[op.layer] + at * dim, key, dim);
-            store_row((uint16_t*)step.values[op.layer] + at * dim, value, dim);
+            const int64_t position = at % TW_SUB, sub = (at - position) * dim;
+            store_key((uint16_t*)step.keys[op.layer] + sub, key, dim, position);
+            store_value((uint16_t*)step.values[op.layer] + sub, value, dim, position);
         } else {
             int8_t* keys = (int8_t*)step.keys[op.layer];
             int8_t* values = (int8_t*)step.values[op.layer];

@@ -35,15 +35,12 @@ struct TwKernels {
     int64_t (*ceiling)(int32_t what, const void* memory, int64_t amount);
 };
 
-// Accumulators of one row of attention, padded to whole vectors.
-static inline int64_t tw_acc_stride(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
-
 // Floats of one partial row: the accumulators, then their maximum and sum, padded.
-static inline int64_t tw_partial_stride(int64_t head_dim) { return tw_acc_stride(head_dim) + 16; }
+static inline int64_t tw_partial_stride(int64_t head_dim) { return head_dim + 16; }
 
 // Rows of an attention unit, so that its accumulators stay in the first-level cache.
 static inline int64_t tw_unit_rows(int64_t head_dim) {
-    const int64_t rows = 4096 / tw_acc_stride(head_dim);
+    const int64_t rows = 4096 / head_dim;
     return rows > 64 ? 64 : rows;
 }
 

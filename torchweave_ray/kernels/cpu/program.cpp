@@ -200,6 +200,7 @@ int32_t tw_run(TwTeam* team, int32_t isa, const TwOp* ops, int64_t num_ops, cons
     for (int64_t i = 0; i < num_ops; i++) {
         if (ops[i].kind != TW_ATTEND) continue;
         if (ops[i].head_dim > TW_MAX_HEAD_DIM || ops[i].head_dim % 16 != 0) return -2;
+        if (step->block_size % TW_SUB != 0) return -3;
         run.attention = plan_attention(ops[i], *step);
         break;
     }

@@ -10,8 +10,10 @@ typedef __m256i P;
 constexpr int W = 8;
 constexpr int ROWS = 2;          // 8 accumulators of 16 registers
 constexpr int QUANTIZED_ROWS = 2;
-constexpr int SCORE_CHAINS = 4;
+constexpr int SCORE_ROWS = 2;
+constexpr int SCORE_SUBS = 2;
 constexpr int VALUE_ROWS = 2;
+constexpr int VALUE_VECS = 4;
 
 static inline F zero() { return _mm256_setzero_ps(); }
 static inline F set1(float x) { return _mm256_set1_ps(x); }
@@ -84,15 +86,6 @@ static inline void store_bf16(uint16_t* p, F v) {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
-static inline void store_pairs(uint16_t* p, F low, F high) {
-    const __m256i upper = _mm256_and_si256(rounded(high), _mm256_set1_epi32((int)0xFFFF0000));
-    _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(upper, _mm256_srli_epi32(rounded(low), 16)));
-}
-static inline P load_some_pairs(const uint16_t* p, int n) {
-    alignas(32) uint16_t pairs[2 * W] = {0};
-    __builtin_memcpy(pairs, p, n * 4);
-    return load_pairs(pairs);
-}
 static inline F low_half(P a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 static inline F high_half(P a) {
     return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xFFFF0000)));
@@ -110,12 +103,9 @@ static inline F to_float(P a) { return _mm256_cvtepi32_ps(a); }
 static inline P even_bytes(P a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
 static inline P odd_bytes(P a) { return _mm256_srai_epi16(a, 8); }
 static inline P load_bytes(const int8_t* p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
-// 2 W divides every head_dim here.
-static inline P load_some_bytes(const int8_t* p, int) { return load_bytes(p); }
-static inline P zip_low(P a, P b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA); }
-static inline P zip_high(P a, P b) { return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA); }
+static inline P zip(P a, P b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA); }
 static inline __m128i to_int16(F v) {
     const __m256i whole = _mm256_cvtps_epi32(v);
     return _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));

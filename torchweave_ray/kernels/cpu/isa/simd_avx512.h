@@ -13,8 +13,10 @@ constexpr int W = 16;            // lanes
 // 12 and 14, which also fit the registers, ran at 185-200.
 constexpr int ROWS = 8;
 constexpr int QUANTIZED_ROWS = 6;
-constexpr int SCORE_CHAINS = 12; // sums at a time of query rows by tiles of 16 positions
-constexpr int VALUE_ROWS = 4;    // query rows against the values of a position
+constexpr int SCORE_ROWS = 4;    // query rows by subs of 16 positions: sums at a time
+constexpr int SCORE_SUBS = 4;
+constexpr int VALUE_ROWS = 4;    // query rows by vectors of a value
+constexpr int VALUE_VECS = 4;
 
 static inline F zero() { return _mm512_setzero_ps(); }
 static inline F set1(float x) { return _mm512_set1_ps(x); }
@@ -80,15 +82,6 @@ static inline void store_bf16(uint16_t* p, F v) {
     const __m512i high = _mm512_srli_epi32(rounded(v), 16);
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
 }
-// W pairs (low, high) in bf16.
-static inline void store_pairs(uint16_t* p, F low, F high) {
-    const __m512i upper = _mm512_and_si512(rounded(high), _mm512_set1_epi32((int)0xFFFF0000));
-    _mm512_storeu_si512(p, _mm512_or_si512(upper, _mm512_srli_epi32(rounded(low), 16)));
-}
-// The first n pairs, then zeros.
-static inline P load_some_pairs(const uint16_t* p, int n) {
-    return _mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1u), p);
-}
 static inline F low_half(P a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 static inline F high_half(P a) {
     return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xFFFF0000)));
@@ -116,19 +109,13 @@ static inline F to_float(P a) { return _mm512_cvtepi32_ps(a); }
 // Bytes 0 and 2 of each lane, then 1 and 3, as pairs of int16.
 static inline P even_bytes(P a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
 static inline P odd_bytes(P a) { return _mm512_srai_epi16(a, 8); }
-// 2 W int8 as int16; the first n (n < 2 W, a multiple of 16), then zeros.
+// W int8, each in a lane of its own.
 static inline P load_bytes(const int8_t* p) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
-static inline P load_some_bytes(const int8_t* p, int n) {
-    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((__mmask32)((1ull << n) - 1ull), p));
-}
-// Pairs (a, b) of the lower, or the upper halves of the lanes.
-static inline P zip_low(P a, P b) {
+// Pairs of the lower halves of the lanes of a and b.
+static inline P zip(P a, P b) {
     return _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
-}
-static inline P zip_high(P a, P b) {
-    return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
 }
 // W floats that fit, rounded to the nearest even.
 static inline void store_int8(int8_t* p, F v) {
