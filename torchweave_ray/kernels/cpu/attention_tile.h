@@ -11,6 +11,7 @@ constexpr int SUB = TW_SUB;
 constexpr int SUBS = TW_SPLIT / SUB;
 constexpr int TILE_SUBS = TW_TILE / SUB;
 constexpr int VECS_OF_SUB = SUB / W;
+constexpr float LOG2_E = 1.44269504f;  // scores are powers of 2, not of e, once they are scaled
 constexpr float MINUS_INF = -__builtin_inff();
 
 struct Rows {
@@ -77,8 +78,7 @@ static inline void merge_row(State& into, int r, int64_t dim, const float* acc, 
                              float sum) {
     if (max == MINUS_INF) return;
     const float top = into.max[r] > max ? into.max[r] : max;
-    const float old_share = into.max[r] == MINUS_INF ? 0.0f : exp_f32(into.max[r] - top);
-    const float new_share = exp_f32(max - top);
+    const float old_share = exp2_f32(into.max[r] - top), new_share = exp2_f32(max - top);
     float* at = into.acc + r * dim;
     for (int64_t i = 0; i < dim; i += W)
         store(at + i, fma(load(at + i), set1(old_share), mul(load(acc + i), set1(new_share))));
@@ -169,21 +169,22 @@ static inline void soften(const TwOp& op, const TwStep& step, const Rows& rows, 
         __builtin_memset(shares, 0, seen * sizeof(uint16_t));
         return;
     }
+    const float cap = op.soft_cap;
+    const F scale = set1(cap == 0.0f ? rows.scale[r] * LOG2_E : rows.scale[r] / cap);
     F top = set1(MINUS_INF);
     for (int j = split.from; j < seen; j += W) {
-        F score = mul(load(row + j), set1(rows.scale[r]));
+        F score = mul(load(row + j), scale);
         if constexpr (IS_CODES<T>)
             score = mul(score, load(step.key_scales[op.layer] + split.slots[j / SUB] + j % SUB));
-        if (op.soft_cap != 0.0f)
-            score = mul(tanh_f32(div(score, set1(op.soft_cap))), set1(op.soft_cap));
-        score = keep(score, set1(MINUS_INF), j, first, end);
+        if (cap != 0.0f) score = mul(tanh_f32(score), set1(cap * LOG2_E));
+        if (j < first || j + W > end) score = keep(score, set1(MINUS_INF), j, first, end);
         store(row + j, score);
         top = max(top, score);
     }
     s.max[r] = hmax(top);
     F sum = zero();
     for (int j = split.from; j < seen; j += W) {
-        const F share = exp_f32(sub(load(row + j), set1(s.max[r])));
+        const F share = exp2_f32(sub(load(row + j), set1(s.max[r])));
         sum = add(sum, share);
         if constexpr (IS_CODES<T>) {  // a scale behind the sequence's end may be NaN
             const float* scales = step.value_scales[op.layer] + split.slots[j / SUB] + j % SUB;

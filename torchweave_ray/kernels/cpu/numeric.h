@@ -27,6 +27,25 @@ static inline float exp_f32(float x) {
     return lanes[0];
 }
 
+// 2**x for x <= 0 to about 1 ulp (Cephes' polynomial): exactly 1 at 0, 0 at -infinity, NaN stays NaN.
+static inline F exp2_f32(F x) {
+    const F clamped = max(set1(-160.0f), x);
+    const F n = round_even(clamped), r = sub(clamped, n);
+    F p = set1(1.535336188e-4f);
+    p = fma(p, r, set1(1.339887440e-3f));
+    p = fma(p, r, set1(9.618437357e-3f));
+    p = fma(p, r, set1(5.550332471e-2f));
+    p = fma(p, r, set1(2.402264791e-1f));
+    p = fma(p, r, set1(6.931472028e-1f));
+    return times_exp2(fma(p, r, set1(1.0f)), n);
+}
+
+static inline float exp2_f32(float x) {
+    alignas(64) float lanes[W];
+    store(lanes, exp2_f32(set1(x)));
+    return lanes[0];
+}
+
 // x * sigmoid(z)
 static inline F gated(F x, F z) {
     return div(x, add(set1(1.0f), exp_f32(sub(zero(), z))));

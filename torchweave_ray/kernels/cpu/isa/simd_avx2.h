@@ -68,6 +68,9 @@ static inline F exp2_whole(F n) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+static inline F times_exp2(F p, F n) {
+    return below(n, set1(-126.0f), zero(), mul(p, exp2_whole(n)));
+}
 static inline F load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

@@ -66,6 +66,8 @@ static inline F exp2_whole(F n) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+// p * 2**n for whole n in [-160, 0]: 0 where that is smaller than any float.
+static inline F times_exp2(F p, F n) { return _mm512_scalef_ps(p, n); }
 static inline F load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -79,8 +81,12 @@ static inline P rounded(F v) {
     return _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
 }
 static inline void store_bf16(uint16_t* p, F v) {
+#ifdef __AVX512BF16__  // turns denormals to 0, as its products do with them
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+#else
     const __m512i high = _mm512_srli_epi32(rounded(v), 16);
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
+#endif
 }
 static inline F low_half(P a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 static inline F high_half(P a) {
