@@ -137,18 +137,28 @@ static inline float quantize_row(int8_t* out, const float* x, int64_t dim) {
     return scale;
 }
 
+// A key goes to dim / 2 lines, that are fetched while queries are computed.
+static inline void fetch_key_lines(const TwOp& op, const TwStep& step, int64_t at) {
+    const int64_t dim = op.head_dim;
+    for (int64_t head = 0; head < op.num_kv_heads; head++, at += step.block_size)
+        for (int64_t i = 0; i < dim / 2; i++)
+            __builtin_prefetch(
+                (uint16_t*)step.keys[op.layer] + (at - at % TW_SUB) * dim + i * TW_SUB * 2, 1);
+}
+
 // One token of qkv [num_heads + 2 * num_kv_heads, head_dim]: queries out, K and V into its slot.
 static void rope_kv(const TwOp& op, const TwStep& step, int64_t token) {
     const int64_t dim = op.head_dim, kv_heads = op.num_kv_heads, size = step.block_size;
     const float* x = (const float*)step.buffers[op.x] + token * op.ldx;
     uint16_t* queries = (uint16_t*)step.buffers[op.out] + token * op.ldo;
     const float* table = op.rope < 0 ? nullptr : step.ropes[op.rope] + step.positions[token] * dim;
+    const int64_t block = step.slot_mapping[token] / size, offset = step.slot_mapping[token] % size;
+    if (step.key_scales == nullptr) fetch_key_lines(op, step, block * kv_heads * size + offset);
     alignas(64) float scratch[TW_MAX_HEAD_DIM];
     for (int64_t head = 0; head < op.num_heads; head++, x += dim) {
         const float* query = norm_and_rotate(op, x, (const float*)op.weight, table, scratch);
         store_row(queries + head * dim, query, dim);
     }
-    const int64_t block = step.slot_mapping[token] / size, offset = step.slot_mapping[token] % size;
     for (int64_t head = 0; head < kv_heads; head++, x += dim) {
         const float* key = norm_and_rotate(op, x, (const float*)op.extra, table, scratch);
         const float* value = x + kv_heads * dim;
