@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
@@ -28,9 +28,12 @@ from torchweave_ray.outputs import (
 )
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import load_tokenizer
+from torchweave_ray.tokenizer.grammar import GrammarSpec
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 Message = Mapping[str, Any]
+Grammars = GrammarSpec | Sequence[GrammarSpec | None] | None
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with (finished, total) whenever a prompt is finished."""
 
@@ -79,14 +82,21 @@ class LLM:
         prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
+        grammar: Grammars = None,
     ) -> list[Completion]:
         """One Completion a prompt (a text, texts, or lists of token ids), in their order.
 
         All prompts run together, as many at once as the engine's limits allow. `params` holds for
-        all or is one for each. Raises InvalidRequest, naming the field, before anything runs.
+        all or is one for each, and so does `grammar` (`tokenizer.grammar`'s `json_spec(schema)`,
+        `choice_spec(texts)`, `GrammarSpec("regex", ...)`), which the texts then follow. Raises
+        InvalidRequest, naming the field, before anything runs.
         """
         token_ids = self._encode(prompts)
-        requests = self._requests(token_ids, _one_each(params, len(token_ids)))
+        requests = self._requests(
+            token_ids,
+            [each or SamplingParams() for each in _one_each(params, len(token_ids), "params")],
+            _one_each(grammar, len(token_ids), "grammar"),
+        )
         outputs = self._run(requests, progress)
         return [_completion(r, outputs[r.request_id]) for r in requests]
 
@@ -95,6 +105,7 @@ class LLM:
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
+        grammar: Grammars = None,
     ) -> list[Completion]:
         """Answers to one conversation ([{"role": ..., "content": ...}, ...]) or to several.
 
@@ -103,7 +114,7 @@ class LLM:
         several: Any = [conversations] if _is_conversation(conversations) else conversations
         texts = [self.tokenizer.render_chat(messages) for messages in several]
         encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self.generate(encoded, params, progress)
+        return self.generate(encoded, params, progress, grammar)
 
     @property
     def info(self) -> ModelInfo:
@@ -144,7 +155,10 @@ class LLM:
         return encoded
 
     def _requests(
-        self, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        params: Sequence[SamplingParams],
+        grammars: Sequence[GrammarSpec | None],
     ) -> list[GenerateRequest]:
         requests = [
             GenerateRequest(
@@ -152,11 +166,12 @@ class LLM:
                 self.info.id,
                 prompt,
                 sampling,
+                grammar=None if grammar is None else grammar.llguidance(),
                 output_kind=OutputKind.TOKENS
                 if sampling.prompt_logprobs is None
                 else OutputKind.PROMPT_LOGPROBS,
             )
-            for prompt, sampling in zip(prompts, params, strict=True)
+            for prompt, sampling, grammar in zip(prompts, params, grammars, strict=True)
         ]
         for request in requests:
             self._engine.check(request)
@@ -183,14 +198,12 @@ class LLM:
         return {request_id: merge_outputs(parts) for request_id, parts in outputs.items()}
 
 
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num
-    if len(params) != num:
-        raise InvalidRequest(f"{len(params)} params for {num} prompts", "params")
-    return list(params)
+def _one_each(value: T | Sequence[T] | None, num: int, name: str) -> list[T | None]:
+    if isinstance(value, list | tuple):
+        if len(value) != num:
+            raise InvalidRequest(f"{len(value)} {name} for {num} prompts", name)
+        return list(value)
+    return [cast("T | None", value)] * num
 
 
 def _is_conversation(value: Sequence[Any]) -> bool:

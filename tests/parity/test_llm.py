@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +22,7 @@ from torchweave_ray.models.artifact import WEIGHTS
 from torchweave_ray.outputs import FinishReason
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import load_tokenizer
+from torchweave_ray.tokenizer.grammar import GrammarSpec, choice_spec, json_spec
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 ONE_THREAD: dict[str, Any] = {"threads": 1}
@@ -259,3 +262,21 @@ def test_logprobs_of_prompt_and_answer_equal_transformers(
         assert entry.logprob == pytest.approx(row[ids[position + 1]].item(), abs=1e-3)
         values = row.topk(num_top[position]).values.tolist()
         assert [value for _, value in entry.top] == pytest.approx(values, abs=1e-3)
+
+
+def test_texts_follow_their_grammars(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=60)
+    digits = GrammarSpec("regex", "[0-9]{3}")
+    schema = json_spec({"type": "array", "items": {"type": "boolean"}, "maxItems": 2})
+    prompts = ["A star is"] * 3
+    number, free, array = llm.generate(prompts, params, grammar=[digits, None, schema])
+    assert re.fullmatch("[0-9]{3}", number.text)
+    assert number.finish_reason == FinishReason.STOP
+    assert all(type(item) is bool for item in json.loads(array.text))
+    assert free.text == llm.generate(prompts[:1], params)[0].text
+    both = llm.generate(prompts[:2], params, grammar=choice_spec(["yes", "no"]))
+    assert {c.text for c in both} <= {"yes", "no"}
+    for wrong in (GrammarSpec("regex", "("), [digits, digits]):
+        with pytest.raises(InvalidRequest) as refused:
+            llm.generate(prompts, params, grammar=wrong)
+        assert refused.value.param == "grammar"
