@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torchweave_ray.errors import RequestError
+from torchweave_ray.errors import RequestError, TorchWeaveError
 from torchweave_ray.outputs import ModelInfo, RequestOutput, Timings, Usage
 
 
@@ -50,3 +50,7 @@ class Description:
     """The artifact's tokenizer and config files by name."""
     startup_s: dict[str, float]
     """Seconds by stage of this replica's start."""
+
+
+def as_value(error: TorchWeaveError) -> RequestError | EngineFailed:
+    return error if isinstance(error, RequestError) else EngineFailed(str(error))

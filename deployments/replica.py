@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments.args import DEFAULT_RECIPE, ModelArgs
@@ -24,15 +23,16 @@ from deployments.calls import (
     EngineFailed,
     Finished,
     StreamItem,
+    as_value,
 )
 from deployments.cpu_policy import compute_at_once
 from deployments.log import log_through_serve
 from deployments.placement import Placement, threads_of
 from optimizer.task import ensure_staged
 from torchweave_ray.config import EngineConfig, SchedulerConfig, from_mapping
-from torchweave_ray.errors import EngineError, RequestError, TorchWeaveError
+from torchweave_ray.errors import EngineError, TorchWeaveError
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
-from torchweave_ray.tokenizer import TOKENIZER_FILES, load_tokenizer
+from torchweave_ray.tokenizer import load_tokenizer, read_tokenizer_files
 
 if TYPE_CHECKING:
     from torchweave_ray.build import LoadedModel
@@ -79,7 +79,7 @@ class ModelReplica:
         loaded = await asyncio.to_thread(self._load, config, engine_config)
         tokenizer = load_tokenizer(loaded.tokenizer_dir)
         self._info = loaded.info
-        self._files = _read_files(loaded.tokenizer_dir)
+        self._files = read_tokenizer_files(loaded.tokenizer_dir)
         self._bus = BusSender(f"{loaded.info.id}:{os.getpid()}")
         self._engine = AsyncEngine(
             build_engine(loaded, engine_config, tokenizer),
@@ -139,7 +139,7 @@ class ModelReplica:
         if isinstance(how, RequestOutput):
             assert how.usage is not None
             return Finished(stream.num_entries, how.usage, how.timings)
-        return how if isinstance(how, BusFailed) else _as_value(how)
+        return how if isinstance(how, BusFailed) else as_value(how)
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[StreamItem]:
         """Everything as items of this call."""
@@ -147,9 +147,13 @@ class ModelReplica:
             async for output in self._engine.generate(request):
                 yield output
         except TorchWeaveError as error:
-            yield _as_value(error)
+            yield as_value(error)
         finally:
             self._engine.abort(request.request_id)  # the caller may have left
+
+    async def stop(self, call_id: str) -> bool:
+        """End the requests of a call, whichever ingress they came from; False: none is here."""
+        return await self._engine.stop(call_id)
 
     async def describe(self) -> Description:
         return Description(self._info, self._files, self._startup_s)
@@ -191,12 +195,3 @@ class ModelReplica:
                 "[Start] %d threads of %d replicas share %d cores: lower num_replicas or threads",
                 *(together, config.placement.replicas_per_device, cores),
             )
-
-
-def _as_value(error: TorchWeaveError) -> RequestError | EngineFailed:
-    return error if isinstance(error, RequestError) else EngineFailed(str(error))
-
-
-def _read_files(directory: Path) -> dict[str, bytes]:
-    paths = (directory / name for name in TOKENIZER_FILES)
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -65,6 +65,8 @@ class FakeBackend:
         self.tokenizer = Tokenizer(make_tokenizer(), {})
         self.requests: list[GenerateRequest] = []
         self.aborted: list[str] = []
+        self.elsewhere: set[str] = set()
+        """Call ids of requests that another ingress has running."""
         self.on_abort = asyncio.Event()
         self.on_request = asyncio.Event()
 
@@ -92,6 +94,9 @@ class FakeBackend:
             if not is_done:
                 self.aborted.append(request.request_id)
                 self.on_abort.set()
+
+    async def stop(self, call_id: str) -> bool:
+        return call_id in self.elsewhere
 
     async def models(self) -> list[ModelInfo]:
         return self.infos

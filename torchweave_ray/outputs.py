@@ -236,6 +236,13 @@ class Backend(Protocol):
         """Yield outputs until one `is_last`; raises RequestError before the first if refused."""
         ...
 
+    async def stop(self, call_id: str) -> bool:
+        """End every request whose id has this in it, wherever it came from, with "abort".
+
+        Request ids hold their call's own random id, 32 hex digits. False when there is none.
+        """
+        ...
+
     async def models(self) -> list[ModelInfo]: ...
 
     async def stats(self) -> dict[str, Stats]:

@@ -35,7 +35,7 @@ RESUME_WAIT_S = 0.2
 """Before the first resume; doubles with each, up to 2 s: a dead engine is replaced in seconds."""
 DESCRIBE_TIMEOUT_S = 30.0
 """Longest wait of a request for a model whose first replica is still starting."""
-STATS_TIMEOUT_S = 5.0
+BROADCAST_TIMEOUT_S = 5.0
 PING_TIMEOUT_S = 2.0
 MAX_CHUNK_INTERVAL_S = 0.05
 
@@ -105,6 +105,11 @@ class RayBackend:
             reason = f"no replica of {model} can answer: {error}"
             raise Unavailable(reason, None, None, 5.0) from None
 
+    async def stop(self, call_id: str) -> bool:
+        """Every replica is asked: only they know the requests of all ingresses."""
+        asked = (_ask_all(client, "stop", call_id) for client in self.clients.values())
+        return any(True in answers for answers in await asyncio.gather(*asked))
+
     async def check_health(self) -> None:
         """Raises Unavailable, with the reason, when no replica of any model answers now."""
         pings = [self._ping(model, client) for model, client in self.clients.items()]
@@ -116,12 +121,7 @@ class RayBackend:
         """By model, summed over the replicas that answer."""
         sums: dict[str, Stats] = {}
         for model, client in self.clients.items():
-            try:
-                answers = await client.handle.broadcast("stats").results_async(
-                    timeout_s=STATS_TIMEOUT_S, return_exceptions=True
-                )
-            except (DeploymentUnavailableError, TimeoutError):
-                answers = []
+            answers = await _ask_all(client, "stats")
             sums[model] = _sum([each for each in answers if isinstance(each, Stats)])
         return sums
 
@@ -181,6 +181,17 @@ class RayBackend:
         interval = min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S)
         if interval > 0:
             await asyncio.sleep(interval)
+
+
+async def _ask_all(client: ModelClient, method: str, *args: object) -> list[object]:
+    """What the replicas say, or the exceptions of those that do not; []: none could be asked."""
+    try:
+        answers: list[object] = await client.handle.broadcast(method, *args).results_async(
+            timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True
+        )
+    except (DeploymentUnavailableError, TimeoutError):
+        return []
+    return answers
 
 
 async def _ask(client: ModelClient) -> Description:

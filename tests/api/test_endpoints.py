@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import uuid
 from typing import Any
 
 import httpx
@@ -98,6 +99,19 @@ def test_a_request_is_stopped_by_its_id(api: Api, stream: bool, prompts: int) ->
 def test_a_finished_request_is_not_there_any_more(api: Api) -> None:
     answer = api.post(COMPLETIONS, {"prompt": "a"}).json()
     assert api.request("DELETE", f"/v1/requests/{answer['id']}").status_code == 404
+
+
+def test_a_request_of_another_ingress_is_stopped_by_its_whole_id(api: Api) -> None:
+    call_id = uuid.uuid4().hex
+    api.backend.elsewhere.add(call_id)
+    for path, status in (
+        (f"chatcmpl-{call_id}", 200),
+        (f"msg_{call_id}", 200),
+        (f"chatcmpl-{uuid.uuid4().hex}", 404),
+        (call_id[:31], 404),
+        ("chatcmpl-", 404),
+    ):
+        assert api.request("DELETE", f"/v1/requests/{path}").status_code == status, path
 
 
 def test_openapi_has_every_path_and_field(api: Api) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,6 +29,8 @@ from tests.serve.cluster import Client, config, deploy, wait_until
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.errors import InvalidRequest, ModelNotFound
 from torchweave_ray.models.artifact import WEIGHTS
+from torchweave_ray.outputs import GenerateRequest
+from torchweave_ray.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.ray
 
@@ -333,4 +336,25 @@ def test_a_request_is_stopped_over_http(served: Served) -> None:
     assert stream.finish_reason == "abort"
     assert stream.usage is not None
     assert 0 < stream.usage["completion_tokens"] < 300
+    wait_until(is_idle, 5)
+
+
+def test_a_request_of_another_ingress_is_stopped_too(served: Served) -> None:
+    """It came to its replica by a handle: the ingress that is told to stop it never saw it."""
+    replicas = serve.get_deployment_handle(TINY, "torchweave")
+    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    sampling = SamplingParams(max_tokens=900, ignore_eos=True)
+    request = GenerateRequest(answer_id, "tiny", (5, 6, 7), sampling, n=2)
+    outputs = iter(replicas.options(method_name="generate_stream", stream=True).remote(request))
+    news = [next(outputs)]
+    for path, status in ((f"cmpl-{uuid.uuid4().hex}", 404), (answer_id, 200)):
+        connection = http.client.HTTPConnection("127.0.0.1", served.bus.port, timeout=20)
+        connection.request("DELETE", f"/v1/requests/{path}")
+        assert connection.getresponse().status == status
+        connection.close()
+    news += outputs
+    reasons = [d.finish_reason for output in news for d in output.deltas if d.finish_reason]
+    assert reasons == ["abort", "abort"]
+    assert news[-1].usage is not None
+    assert 0 < news[-1].usage.completion_tokens < 1800
     wait_until(is_idle, 5)

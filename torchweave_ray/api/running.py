@@ -7,10 +7,14 @@ usage. Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 
 from torchweave_ray.outputs import ChoiceDelta, FinishReason, GenerateRequest, RequestOutput, Usage
+
+_CALL_ID = re.compile("[0-9a-f]{32}")
+"""Nothing shorter is looked for: an id has to be known whole."""
 
 
 class StopSwitch:
@@ -61,6 +65,13 @@ class StopSwitch:
         )
 
 
+def call_id_of(answer_id: str) -> str | None:
+    """A call's own id in that of its answer, which has "chatcmpl-" and the like before it; None:
+    no answer has such an id."""
+    call_id = answer_id.replace("_", "-").rpartition("-")[2]
+    return call_id if _CALL_ID.fullmatch(call_id) else None
+
+
 class RunningRequests:
     def __init__(self) -> None:
         self._switches: dict[str, list[StopSwitch]] = {}
@@ -73,10 +84,9 @@ class RunningRequests:
         finally:
             del self._switches[call_id]
 
-    def stop(self, answer_id: str) -> bool:
-        """`answer_id`: as the answer has it, "chatcmpl-" and the like before the call's own id.
-        False when no such request is running here."""
-        switches = self._switches.get(answer_id.replace("_", "-").rpartition("-")[2])
+    def stop(self, call_id: str) -> bool:
+        """False when no such call is running here."""
+        switches = self._switches.get(call_id)
         for switch in switches or ():
             switch.stop()
         return switches is not None

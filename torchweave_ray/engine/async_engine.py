@@ -139,6 +139,13 @@ class AsyncEngine:
             self._post(partial(self._engine.abort, request_id))
             self._note_idle()
 
+    async def stop(self, call_id: str) -> bool:
+        """See `Backend`: their sinks hear of the end as of any other."""
+        found = [request_id for request_id in self._sinks if call_id in request_id]
+        for request_id in found:
+            self._post(partial(self._engine.abort, request_id))
+        return bool(found)
+
     async def models(self) -> list[ModelInfo]:
         return [self._info]
 
@@ -179,9 +186,7 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            for request_id in list(self._sinks):
-                self._post(partial(self._engine.abort, request_id))
-            return False
+            return not await self.stop("")
         return True
 
     def close(self) -> None:

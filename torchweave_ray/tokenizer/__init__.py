@@ -201,15 +201,16 @@ class Tokenizer:
         return text
 
 
+def read_tokenizer_files(artifact_dir: Path) -> dict[str, bytes]:
+    """By name, for `Tokenizer.from_files`."""
+    paths = (artifact_dir / name for name in TOKENIZER_FILES)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
 def load_tokenizer(artifact_dir: Path) -> Tokenizer:
     """The tokenizer of an artifact; raises ArtifactError naming the file at fault."""
-    files = {}
-    for name in TOKENIZER_FILES:
-        path = artifact_dir / name
-        if path.is_file():
-            files[name] = path.read_bytes()
     try:
-        return Tokenizer.from_files(files)
+        return Tokenizer.from_files(read_tokenizer_files(artifact_dir))
     except ArtifactError as error:
         raise ArtifactError(f"{artifact_dir}: {error}") from error
 
