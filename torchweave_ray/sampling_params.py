@@ -5,8 +5,9 @@ The order in which the sampler applies these is pinned in `runner/sampler.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torchweave_ray.errors import InvalidRequest
@@ -15,6 +16,33 @@ MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 256
 MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """How long an answer may reason before the tag that ends it is drawn instead.
+
+    What is forced follows from the output's own tokens alone, so forks, recomputed and resumed
+    sequences decide alike.
+    """
+
+    max_tokens: int
+    openers: tuple[tuple[int, ...], ...]
+    """How an answer that reasons begins, in every spelling; `((),)`: its prompt began it."""
+    closers: tuple[tuple[int, ...], ...]
+    """Spellings of the tag that ends the reasoning; the first is the one that is forced."""
+
+    def forced_token(self, output: Sequence[int]) -> int | None:
+        """The token that has to follow this output (all of it); None: any may."""
+        openers = [len(o) for o in self.openers if tuple(output[: len(o)]) == o]
+        if not openers or len(output) < max(openers) + self.max_tokens:
+            return None
+        start = max(openers)
+        if any(_holds(output, spelling, start) for spelling in self.closers):
+            return None
+        closer = self.closers[0]
+        num_begun = range(min(len(closer) - 1, len(output) - start), -1, -1)
+        return next(closer[n] for n in num_begun if tuple(output[len(output) - n :]) == closer[:n])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +84,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     """None: no logprobs; k: the chosen token's and the k likeliest ones', from raw logits."""
+    thinking: ThinkingBudget | None = None
+    """None: reasoning is not cut off."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens; `OutputKind.PROMPT_LOGPROBS` is what computes them."""
 
@@ -99,6 +129,17 @@ class SamplingParams:
         _check_ids("logit_bias", self.logit_bias, vocab_size)
         _check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         self._validate_bans(vocab_size)
+        self._validate_thinking(vocab_size)
+
+    def _validate_thinking(self, vocab_size: int | None) -> None:
+        if (thinking := self.thinking) is None:
+            return
+        if thinking.max_tokens < 0:
+            raise InvalidRequest("thinking_token_budget must be at least 0", "thinking")
+        if not thinking.openers or not thinking.closers or not all(thinking.closers):
+            raise InvalidRequest("thinking needs openers, and closers that have tokens", "thinking")
+        for ids in (*thinking.openers, *thinking.closers):
+            _check_ids("thinking", ids, vocab_size)
 
     def _validate_bans(self, vocab_size: int | None) -> None:
         if self.allowed_token_ids is not None:
@@ -129,6 +170,16 @@ _INT_MINIMA = (
     ("logprobs", 0),
     ("prompt_logprobs", 0),
 )
+
+
+def _holds(output: Sequence[int], part: tuple[int, ...], start: int) -> bool:
+    with contextlib.suppress(ValueError):
+        while True:  # `index` is many times faster than a loop
+            start = output.index(part[0], start)
+            if tuple(output[start : start + len(part)]) == part:
+                return True
+            start += 1
+    return False
 
 
 def _check_range(

@@ -200,6 +200,13 @@ def _include_reasoning(api: Api, path: str) -> None:
         assert ("reasoning_content" in message) is wanted
 
 
+def _thinking_token_budget(api: Api, path: str) -> None:
+    api.use_template(DEEPSEEK)
+    thinking = api.sent(path, {"messages": MESSAGES, "thinking_token_budget": 5}).sampling.thinking
+    assert thinking is not None
+    assert thinking.max_tokens == 5
+
+
 def _continue_final_message(api: Api, path: str) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "Well"}]
     request = api.sent(path, {"messages": messages, "continue_final_message": True})
@@ -246,6 +253,7 @@ OTHER: dict[str, Any] = {
     "parallel_tool_calls": _parallel_tool_calls,
     "reasoning_effort": _reasoning_effort,
     "include_reasoning": _include_reasoning,
+    "thinking_token_budget": _thinking_token_budget,
     "continue_final_message": _continue_final_message,
 }
 
@@ -268,7 +276,8 @@ def test_a_null_is_as_good_as_nothing(api: Api, path: str) -> None:
 
 def test_every_sampling_parameter_can_be_asked_for() -> None:
     offered = set(CompletionBody.model_fields) & set(ChatBody.model_fields)
-    assert set(SamplingParams.__dataclass_fields__) <= offered
+    assert set(SamplingParams.__dataclass_fields__) - {"thinking"} <= offered
+    assert "thinking_token_budget" in ChatBody.model_fields
 
 
 def test_a_single_stop_string(api: Api) -> None:

@@ -92,6 +92,10 @@ def is_constrained(words: NDArray[np.int32]) -> bool:
     return bool((words != _EVERYTHING_ALLOWED).any())
 
 
+def is_allowed(words: NDArray[np.int32], token_id: int) -> bool:
+    return bool(words[token_id // 32] >> token_id % 32 & 1)
+
+
 def edit_logits(logits: Tensor, edits: Sequence[LogitsEdit]) -> None:
     """Change logits [R, V] float32 in place."""
     if not edits:

@@ -30,10 +30,12 @@ from torchweave_ray.runner.logits import (
     TokenCounts,
     bad_word_ends,
     edit_logits,
+    is_allowed,
     is_constrained,
 )
 from torchweave_ray.runner.logprobs import token_logprobs
 from torchweave_ray.runner.sampler import NO_TOKEN, Draw, Sampler, sample
+from torchweave_ray.sampling_params import SamplingParams
 
 _POOLING = (StepOutput.POOL, StepOutput.POOL_ALL)
 NON_FINITE = "the model gave logits that are not finite"
@@ -208,8 +210,13 @@ class ModelRunner:
         allowed = None
         if plan.bitmask is not None and is_constrained(plan.bitmask[row.index]):
             allowed = plan.bitmask[row.index]
-        counts = self._counts_of(row) if seq.sampling.has_penalties else None
         sampling, banned = seq.sampling, seq.banned_token_ids
+        if sampling.thinking is not None:
+            forced = sampling.thinking.forced_token(_output_before(row))
+            # A grammar's word goes first: nothing is forced into a call that is being written.
+            if forced is not None and (allowed is None or is_allowed(allowed, forced)):
+                return LogitsEdit(logits_row, SamplingParams(allowed_token_ids=(forced,)))
+        counts = self._counts_of(row) if sampling.has_penalties else None
         if sampling.bad_words:
             banned += bad_word_ends(sampling.bad_words, _output_before(row))
         is_plain = not (banned or sampling.logit_bias or sampling.allowed_token_ids)
@@ -237,11 +244,10 @@ def _chunk(plan: StepPlan, index: int) -> Chunk:
 
 
 def _output_before(row: _DrawRow) -> list[int]:
-    """The generated tokens that this draw comes after, as many as a bad word may have."""
+    """The generated tokens that this draw comes after."""
     seq = row.sequence
     end = seq.start + seq.num_tokens
-    start = max(seq.num_prompt_tokens, end - max(map(len, seq.sampling.bad_words)))
-    return [*seq.token_ids[start:end], *row.draft_token_ids]
+    return [*seq.token_ids[seq.num_prompt_tokens : end], *row.draft_token_ids]
 
 
 def _draw_of(row: _DrawRow) -> Draw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -11,13 +12,14 @@ from torchweave_ray.api.anthropic.events import MessageWriter
 from torchweave_ray.api.anthropic.schema import CountBody, MessagesBody, plain_messages
 from torchweave_ray.api.anthropic.shapes import block_json, stop_reason_of, usage_json
 from torchweave_ray.api.chat.blocks import blocks_of
+from torchweave_ray.api.chat.formats import marks_reasoning
 from torchweave_ray.api.chat.prompt import Conversation, render
 from torchweave_ray.api.chat.turn import TurnOptions, take_turn
 from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import renamed
 from torchweave_ray.api.generation import Progress, collect, generate
 from torchweave_ray.api.schema import parse
-from torchweave_ray.api.service import Service
+from torchweave_ray.api.service import Model, Service
 from torchweave_ray.api.sse import EventStream
 from torchweave_ray.errors import InvalidRequest
 
@@ -40,7 +42,7 @@ class MessagesApi:
         options = TurnOptions(sampling=fields, max_tokens=body.max_tokens)
         try:
             turn = await take_turn(
-                self._service, model, f"msg_{call.id}", _conversation(body), options
+                self._service, model, f"msg_{call.id}", _budgeted(call, body, model), options
             )
         except InvalidRequest as error:
             raise renamed(error, _THEIR_NAMES) from None
@@ -103,6 +105,19 @@ def _conversation(body: CountBody) -> Conversation:
         variables=variables,
         continue_final_message=_is_prefilled(body),
     )
+
+
+def _budgeted(call: Call, body: CountBody, model: Model) -> Conversation:
+    """With thinking's limit. Anthropic's clients cannot ask for thinking without one, whatever
+    the model; one that marks none keeps to it and is not refused."""
+    conversation = _conversation(body)
+    thinking = body.thinking
+    if thinking is None or thinking.budget_tokens is None:
+        return conversation
+    if thinking.type == "disabled" or not marks_reasoning(model.tokenizer.chat_template or ""):
+        call.ignored.append("thinking.budget_tokens")
+        return conversation
+    return replace(conversation, thinking_token_budget=thinking.budget_tokens)
 
 
 def _is_prefilled(body: CountBody) -> bool:

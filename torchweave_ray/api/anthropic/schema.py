@@ -68,7 +68,9 @@ class ToolChoice(Body):
 
 class Thinking(Body):
     type: Literal["enabled", "disabled"]
-    budget_tokens: int | None = Field(None, description="accepted; thinking is not cut off")
+    budget_tokens: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="then the thinking is ended"
+    )
 
 
 class CountBody(Body):

@@ -18,10 +18,16 @@ from torchweave_ray.api.chat.formats import (
     marks_reasoning,
     renders_tools,
 )
-from torchweave_ray.api.chat.reasoning import CLOSER, OPENER, ReasoningSplitter
+from torchweave_ray.api.chat.reasoning import (
+    CLOSER,
+    OPENER,
+    ReasoningSplitter,
+    thinking_budget,
+)
 from torchweave_ray.api.chat.tools_in_words import with_tools_in_words
 from torchweave_ray.api.grammar import tool_grammar
 from torchweave_ray.errors import InvalidRequest
+from torchweave_ray.sampling_params import ThinkingBudget
 from torchweave_ray.tokenizer import RESERVED_TEMPLATE_VARIABLES, Tokenizer
 from torchweave_ray.tokenizer.grammar import GrammarSpec
 
@@ -44,6 +50,8 @@ class Conversation:
     """The answer follows a grammar of the client's: there is no reasoning before it."""
     reasoning_effort: str | None = None
     shows_reasoning: bool = True
+    thinking_token_budget: int | None = None
+    """For templates that mark reasoning: how long it may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +63,19 @@ class ChatPrompt:
     """Markers that the parser looks for are special tokens."""
     grammar: GrammarSpec | None = None
     """What the answer has to be for its calls to be as their functions want them."""
+    thinking: ThinkingBudget | None = None
 
 
 def render(tokenizer: Tokenizer, conversation: Conversation) -> ChatPrompt:
     """Raises InvalidRequest naming what the template cannot take."""
     template = tokenizer.chat_template or ""
+    budget = conversation.thinking_token_budget
+    if budget is not None and not marks_reasoning(template):
+        raise InvalidRequest(
+            "thinking_token_budget: this model's template marks no reasoning",
+            "thinking_token_budget",
+            "unsupported_parameter",
+        )
     text = _text(tokenizer, template, conversation)
     names = frozenset(tool["function"]["name"] for tool in conversation.tools)
     form = call_format(template) if names else None
@@ -82,14 +98,23 @@ def render(tokenizer: Tokenizer, conversation: Conversation) -> ChatPrompt:
     is_plain = form is None and not is_reasoning
     keeps = any(map(tokenizer.is_special, markers))
     grammar = None
-    if form is not None and (must_call or enforces(tokenizer, conversation)):
+    if form is not None and (must_call or _is_strict(tokenizer, conversation)):
         tools = [tool["function"] for tool in conversation.tools]
         begin, end = (f"{HERMES.opener}\n", f"\n{HERMES.closer}") if form is HERMES else ("", "")
         grammar = tool_grammar(tools, begin, end, required=must_call, parallel=parallel)
-    return ChatPrompt(text, None if is_plain else new_parser, keeps, grammar)
+    thinking = None
+    if budget is not None and is_reasoning:
+        thinking = thinking_budget(tokenizer, budget, has_begun)
+    return ChatPrompt(text, None if is_plain else new_parser, keeps, grammar, thinking)
 
 
-def enforces(tokenizer: Tokenizer, conversation: Conversation) -> bool:
+def lacks_strictness(tokenizer: Tokenizer, conversation: Conversation) -> bool:
+    """Whether a function is strict, but its calls are not held to its schema."""
+    is_wanted = conversation.is_strict and not conversation.must_call
+    return is_wanted and not _is_strict(tokenizer, conversation)
+
+
+def _is_strict(tokenizer: Tokenizer, conversation: Conversation) -> bool:
     """Whether calls that need not be are still held to their functions' schemas."""
     form = call_format(tokenizer.chat_template or "")
     is_free = not conversation.must_call and not conversation.is_constrained

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torchweave_ray.api.chat.parts import Part, Reasoning, Text
+from torchweave_ray.sampling_params import ThinkingBudget
+from torchweave_ray.tokenizer import Tokenizer
 
 OPENER, CLOSER = "<think>", "</think>"
+_BEFORE, _AFTER = ("", "\n", " "), ("", "\n", "\n\n")
+"""What may share tokens with a tag that is not one token itself."""
 
 
 class ReasoningSplitter:
@@ -69,6 +73,16 @@ class ReasoningSplitter:
         if text:
             self._has_text = True
             yield Text(text)
+
+
+def thinking_budget(tokenizer: Tokenizer, max_tokens: int, has_begun: bool) -> ThinkingBudget:
+    """For an answer whose reasoning this tokenizer's model marks by these tags."""
+
+    def spellings(tag: str) -> tuple[tuple[int, ...], ...]:
+        texts = [f"{before}{tag}{after}" for before in _BEFORE for after in _AFTER]
+        return tuple(dict.fromkeys(tuple(tokenizer.encode(text, False)) for text in texts))
+
+    return ThinkingBudget(max_tokens, ((),) if has_begun else spellings(OPENER), spellings(CLOSER))
 
 
 def _overlap(text: str) -> int:

@@ -63,6 +63,8 @@ async def take_turn(
     fields = dict(options.sampling)
     if prompt.keeps_special_tokens:
         fields["skip_special_tokens"] = False
+    if prompt.thinking is not None:
+        fields["thinking"] = prompt.thinking
     sampling = service.sampling(fields, options.max_tokens, options.logprobs)
     (request,) = service.requests(
         model,

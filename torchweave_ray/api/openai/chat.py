@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from torchweave_ray.api.chat.prompt import Conversation, enforces
+from torchweave_ray.api.chat.prompt import Conversation, lacks_strictness
 from torchweave_ray.api.chat.turn import Turn, TurnOptions, take_turn
 from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import renamed
@@ -122,9 +122,10 @@ def conversation_of(
         continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs or {},
         reasoning_effort=body.reasoning_effort,
+        thinking_token_budget=body.thinking_token_budget,
         shows_reasoning=body.include_reasoning is not False,
     )
-    if conversation.is_strict and not must_call and not enforces(tokenizer, conversation):
+    if lacks_strictness(tokenizer, conversation):
         call.ignored.append("tools.function.strict")
     return conversation
 

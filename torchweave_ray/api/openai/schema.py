@@ -87,9 +87,14 @@ class CompletionBody(OpenAIBody):
         None, ge=1, le=MAX_CHOICES, description="draw so many, answer with the n likeliest"
     )
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**_NOT_BUILT, "suffix": ("",)}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_NOT_BUILT,
+        "suffix": ("",),
+        "thinking_token_budget": (),
+    }
     reasons: ClassVar[dict[str, str]] = {
-        "suffix": "the models served here are not trained to fill in the middle"
+        "thinking_token_budget": "a plain prompt has no template that marks reasoning",
+        "suffix": "the models served here are not trained to fill in the middle",
     }
 
     _check_prompt = field_validator("prompt", mode="before")(check_texts)
@@ -106,6 +111,9 @@ class ConversationBody(Body):
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = Field(
         None, description="for templates that have such a setting"
+    )
+    thinking_token_budget: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="tokens of reasoning at most; then it is ended"
     )
     include_reasoning: bool | None = Field(None, description="false: it is left out")
     chat_template_kwargs: dict[str, Any] | None = Field(

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from torchweave_ray.api.chat.blocks import blocks_of
-from torchweave_ray.api.chat.prompt import Conversation
+from torchweave_ray.api.chat.prompt import Conversation, lacks_strictness
 from torchweave_ray.api.chat.turn import TurnOptions, take_turn
 from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import renamed
@@ -40,6 +40,8 @@ class ResponsesApi:
             wanted=_wanted(body),
         )
         conversation = _conversation(body)
+        if lacks_strictness(model.tokenizer, conversation):
+            call.ignored.append("tools.strict")
         try:
             turn = await take_turn(self._service, model, f"resp_{call.id}", conversation, options)
         except InvalidRequest as error:
@@ -85,6 +87,7 @@ def _conversation(body: ResponsesBody) -> Conversation:
         is_strict=any(tool.strict for tool in body.tools or ()),
         must_call=must_call,
         parallel_calls=body.parallel_tool_calls is not False,
+        thinking_token_budget=body.thinking_token_budget,
         reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
     )
 

@@ -121,6 +121,9 @@ class ResponsesBody(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     reasoning: Reasoning | None = None
+    thinking_token_budget: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="tokens of reasoning at most; then it is ended"
+    )
     text: TextOptions | None = Field(None, description="its format")
     cache_salt: str | None = Field(None, description="share cached prefixes only with equal salts")
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="higher goes first")
