@@ -196,7 +196,9 @@ def _dot(one: list[float], other: list[float]) -> float:
 def test_other_protocols_streamed(served: Client, client: openai.OpenAI) -> None:
     chat = client.chat.completions.create(**ASK, max_tokens=16).choices[0].message.content
     claude = anthropic.Anthropic(base_url=f"http://127.0.0.1:{served.port}", api_key="none")
-    with claude.messages.stream(**ASK, max_tokens=16) as events:
+    with claude.messages.stream(
+        model=MODEL, messages=ASK["messages"], max_tokens=16, extra_body={"temperature": 0}
+    ) as events:
         message = events.get_final_message()
     assert message.content[0].type == "text"
     assert message.content[0].text == chat
