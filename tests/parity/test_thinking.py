@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.errors import InvalidRequest
+from torchweave_ray.llm import LLM
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
 from torchweave_ray.sampling_params import SamplingParams, ThinkingBudget
 from torchweave_ray.tokenizer import load_tokenizer
+from torchweave_ray.tokenizer.grammar import GrammarSpec
 
+PROMPT_TEXT = "A star is"
 PROMPT = tuple(range(40, 60))
 CLOSER = (275, 276, 277)
 SAMPLING = SamplingParams(temperature=0.9, seed=11, max_tokens=24, ignore_eos=True)
@@ -94,6 +98,19 @@ def test_neither_preemption_nor_forks_nor_resuming_changes_it(artifact: Path) ->
     assert [output.deltas[0].token_ids for output in _run(small, *crowd)] == alone
     assert small.stats().num_preemptions > 0
     small.close()
+
+
+def test_a_grammar_goes_first(artifact: Path) -> None:
+    """Within what it demands nothing is forced; where it allows the tag, the tag comes."""
+    with LLM(artifact, max_model_len=64, runner={"threads": 1}) as llm:
+        digits = GrammarSpec("regex", "[0-9]{3}")
+        for tag, expected in (("x", "[0-9]{3}"), ("7", "[0-689]7[0-9]")):
+            closer = tuple(llm.tokenizer.encode(tag, False))
+            thinking = ThinkingBudget(1, ((),), (closer,))
+            params = SamplingParams(max_tokens=20, seed=4, thinking=thinking)
+            (answer,) = llm.generate(PROMPT_TEXT, params, grammar=digits)
+            assert answer.finish_reason == "stop", answer
+            assert re.fullmatch(expected, answer.text)
 
 
 @pytest.mark.parametrize(
