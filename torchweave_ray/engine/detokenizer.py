@@ -67,6 +67,6 @@ class TextStream:
         """Length of the longest end of the tail that begins a stop string."""
         for size in range(min(self._longest - 1, len(self._tail)), 0, -1):
             end = self._tail[-size:]
-            if any(s.startswith(end) for s in self._stop):
+            if any(len(s) > size and s.startswith(end) for s in self._stop):
                 return size
         return 0
