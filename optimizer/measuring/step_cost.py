@@ -29,8 +29,8 @@ _BATCHES: tuple[Batch, ...] = (
     ((384, 128),),
     ((0, 512),),
 )
-_MIN_REPEATS, _MAX_REPEATS = 3, 20
-BATCH_S = 0.1
+_MIN_REPEATS, _MAX_REPEATS = 3, 50
+BATCH_S = 0.3
 """A batch is run again until this time is spent."""
 
 

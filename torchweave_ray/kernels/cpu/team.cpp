@@ -3,6 +3,8 @@
 
 #include "team.h"
 
+#include <sched.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define TW_PAUSE() _mm_pause()
@@ -13,6 +15,9 @@
 namespace {
 // Some 20 us: longer than a barrier between balanced threads, shorter than a time slice.
 constexpr int SPINS = 500;
+// Then some 1 ms of asking whether anybody else wants the core: going to sleep and being woken
+// costs a virtual machine more than most waits last.
+constexpr int YIELDS = 2000;
 }  // namespace
 
 TwTeam::TwTeam(int num_threads) : num_threads_(num_threads), ranges_(num_threads) {
@@ -31,6 +36,10 @@ void TwTeam::wait(Ready ready) {
     for (int i = 0; i < SPINS; i++) {
         if (ready()) return;
         TW_PAUSE();
+    }
+    for (int i = 0; i < YIELDS; i++) {
+        if (ready()) return;
+        sched_yield();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);

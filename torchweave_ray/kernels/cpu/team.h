@@ -17,8 +17,8 @@ struct TwTeam {
     // Run a job on all threads and return when all are done. One caller at a time.
     void run(TwJob job, void* context);
 
-    // Within a job: returns on all threads after all have come. Spins briefly, then sleeps, so
-    // that a thread of somebody else's on the same core is not kept waiting.
+    // Within a job: returns on all threads after all have come. Spins briefly, yields to whoever
+    // wants the core, then sleeps.
     void barrier();
 
     // Within a job: the thread's next unit of work, or -1 when none is left. Each thread walks a
