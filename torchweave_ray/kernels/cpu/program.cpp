@@ -1,7 +1,6 @@
 // Runs a linear program of ops over one step's batch: threads share each op's units of work and
-// meet at a barrier behind it. Which thread computes a unit never changes a result.
+// go on when they are done. Which thread computes a unit never changes a result.
 #include <atomic>
-#include <cstdlib>
 #include <vector>
 
 #include "kernels.h"
@@ -59,65 +58,76 @@ struct Run {
     float* partials;
 };
 
-template <class Work>
-void share(TwTeam& team, int thread, int64_t num_units, int64_t grain, Work work) {
-    for (int64_t unit; (unit = team.next(thread, num_units, grain)) >= 0;)
-        for (int64_t i = unit; i < unit + grain && i < num_units; i++) work(i);
+int64_t groups(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+int64_t rows_of(const TwOp& op, const TwStep& step) {
+    return op.picked ? step.num_rows : step.num_tokens;
 }
 
-void run_op(const Run& run, const TwOp& op, TwTeam& team, int thread) {
-    const TwStep& step = *run.step;
-    const TwKernels& kernels = *run.kernels;
-    const int64_t rows = op.picked ? step.num_rows : step.num_tokens;
+int64_t num_units(const void* context, int64_t stage) {
+    const Run& run = *(const Run*)context;
+    const TwOp& op = run.ops[stage];
+    const int64_t rows = rows_of(op, *run.step);
     switch (op.kind) {
-        case TW_EMBED:
-            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.embed(op, step, i); });
-            break;
-        case TW_RMS_NORM:
-            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.rms_norm(op, step, i); });
-            break;
-        case TW_ROPE_KV:
-            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.rope_kv(op, step, i); });
-            break;
-        case TW_PICK:
-            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.pick(op, step, i); });
-            break;
-        case TW_QUANTIZE:
-            share(team, thread, rows, TOKEN_GRAIN, [&](int64_t i) { kernels.quantize(op, step, i); });
-            break;
-        case TW_LINEAR: {
-            const int64_t panels = (op.n + TW_PANEL - 1) / TW_PANEL;
-            const int64_t chunks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
-            share(team, thread, panels * chunks, 1, [&](int64_t i) {
-                const int64_t chunk = i % chunks;  // a panel's chunks follow each other
-                kernels.linear(op, step, i / chunks, rows * chunk / chunks,
-                               rows * (chunk + 1) / chunks);
-            });
-            break;
-        }
-        case TW_ATTEND: {
-            const TwUnit* units = run.attention.units.data();
-            const int64_t num_units = (int64_t)run.attention.units.size();
-            share(team, thread, num_units, 1, [&](int64_t i) {
-                const TwUnit* next = i + 1 < num_units ? &units[i + 1] : nullptr;
-                kernels.attend(op, step, units[i], next, run.partials);
-            });
-            break;
-        }
+        case TW_LINEAR:
+            return groups(op.n, TW_PANEL) * groups(rows, LINEAR_ROWS);
+        case TW_ATTEND:
+            return (int64_t)run.attention.units.size();
         case TW_MERGE:
-            share(team, thread, (int64_t)run.attention.merges.size(), TOKEN_GRAIN, [&](int64_t i) {
-                kernels.merge(op, step, run.attention.merges[i], run.partials);
-            });
-            break;
+            return groups((int64_t)run.attention.merges.size(), TOKEN_GRAIN);
+        default:
+            return groups(rows, TOKEN_GRAIN);
     }
 }
 
-void run_all(void* context, TwTeam& team, int thread) {
+template <class Work>
+void each_of(int64_t unit, int64_t count, Work work) {
+    const int64_t end = (unit + 1) * TOKEN_GRAIN;
+    for (int64_t i = unit * TOKEN_GRAIN; i < end && i < count; i++) work(i);
+}
+
+void work(const void* context, int64_t stage, int64_t unit) {
     const Run& run = *(const Run*)context;
-    for (int64_t i = 0; i < run.num_ops; i++) {
-        if (run.ops[i].kind == TW_MERGE && run.attention.merges.empty()) continue;
-        run_op(run, run.ops[i], team, thread);
-        team.barrier();
+    const TwOp& op = run.ops[stage];
+    const TwStep& step = *run.step;
+    const TwKernels& kernels = *run.kernels;
+    const int64_t rows = rows_of(op, step);
+    switch (op.kind) {
+        case TW_EMBED:
+            each_of(unit, rows, [&](int64_t i) { kernels.embed(op, step, i); });
+            break;
+        case TW_RMS_NORM:
+            each_of(unit, rows, [&](int64_t i) { kernels.rms_norm(op, step, i); });
+            break;
+        case TW_ROPE_KV:
+            each_of(unit, rows, [&](int64_t i) { kernels.rope_kv(op, step, i); });
+            break;
+        case TW_PICK:
+            each_of(unit, rows, [&](int64_t i) { kernels.pick(op, step, i); });
+            break;
+        case TW_QUANTIZE:
+            each_of(unit, rows, [&](int64_t i) { kernels.quantize(op, step, i); });
+            break;
+        case TW_LINEAR: {
+            const int64_t chunks = groups(rows, LINEAR_ROWS);
+            const int64_t chunk = unit % chunks;  // a panel's chunks follow each other
+            kernels.linear(op, step, unit / chunks, rows * chunk / chunks,
+                           rows * (chunk + 1) / chunks);
+            break;
+        }
+        case TW_ATTEND: {
+            const TwUnit* found = &run.attention.units[unit];
+            const bool is_last = unit + 1 == (int64_t)run.attention.units.size();
+            kernels.attend(op, step, *found, is_last ? nullptr : found + 1, run.partials);
+            break;
+        }
+        case TW_MERGE: {
+            const int64_t count = (int64_t)run.attention.merges.size();
+            each_of(unit, count, [&](int64_t i) {
+                kernels.merge(op, step, run.attention.merges[i], run.partials);
+            });
+            break;
+        }
     }
 }
 
@@ -139,14 +149,14 @@ struct SampleRun {
     int64_t* token_ids;
 };
 
-void run_sample(void* context, TwTeam& team, int thread) {
+int64_t num_sampled(const void* context, int64_t) { return ((const SampleRun*)context)->num_rows; }
+
+void sample_row(const void* context, int64_t, int64_t row) {
     const SampleRun& run = *(const SampleRun*)context;
-    float* scratch = (float*)std::malloc(4 * run.vocab * sizeof(float));
-    share(team, thread, run.num_rows, 1, [&](int64_t i) {
-        const float* row = run.logits + i * run.stride;
-        run.token_ids[i] = run.kernels->sample(row, run.vocab, run.draws[i], scratch);
-    });
-    std::free(scratch);
+    static thread_local std::vector<float> scratch;
+    scratch.resize(4 * run.vocab);
+    const float* logits = run.logits + row * run.stride;
+    run.token_ids[row] = run.kernels->sample(logits, run.vocab, run.draws[row], scratch.data());
 }
 
 struct CeilingRun {
@@ -154,17 +164,22 @@ struct CeilingRun {
     int32_t what;
     const char* memory;
     int64_t amount;
-    std::atomic<int64_t> done;
+    int64_t num_threads;
+    mutable std::atomic<int64_t> done;
 };
 
-void run_ceiling(void* context, TwTeam& team, int thread) {
-    CeilingRun& run = *(CeilingRun*)context;
+int64_t num_ceilings(const void* context, int64_t) {
+    return ((const CeilingRun*)context)->num_threads;
+}
+
+void reach_ceiling(const void* context, int64_t, int64_t unit) {
+    const CeilingRun& run = *(const CeilingRun*)context;
     const char* memory = run.memory;
     int64_t amount = run.amount;
     if (run.what == TW_READ) {
-        const int64_t lines = amount / 64;
-        memory += lines * thread / team.size() * 64;
-        amount = lines * (thread + 1) / team.size() * 64 - lines * thread / team.size() * 64;
+        const int64_t lines = amount / 64, first = lines * unit / run.num_threads;
+        memory += first * 64;
+        amount = (lines * (unit + 1) / run.num_threads - first) * 64;
     }
     run.done.fetch_add(run.kernels->ceiling(run.what, memory, amount));
 }
@@ -207,7 +222,7 @@ int32_t tw_run(TwTeam* team, int32_t isa, const TwOp* ops, int64_t num_ops, cons
     std::vector<float> partials(run.attention.num_partials *
                                 tw_partial_stride(run.attention.head_dim));
     run.partials = partials.data();
-    team->run(run_all, &run);
+    team->run({num_ops, num_units, work, &run});
     return 0;
 }
 
@@ -215,13 +230,13 @@ int32_t tw_sample(TwTeam* team, int32_t isa, const float* logits, int64_t num_ro
                   int64_t stride, const TwDraw* draws, int64_t* token_ids) {
     SampleRun run{kernels_of(isa), logits, num_rows, vocab, stride, draws, token_ids};
     if (run.kernels == nullptr) return -1;
-    team->run(run_sample, &run);
+    team->run({1, num_sampled, sample_row, &run});
     return 0;
 }
 
 int64_t tw_ceiling(TwTeam* team, int32_t isa, int32_t what, const void* memory, int64_t amount) {
-    CeilingRun run{kernels_of(isa), what, (const char*)memory, amount, {0}};
+    CeilingRun run{kernels_of(isa), what, (const char*)memory, amount, team->size(), {0}};
     if (run.kernels == nullptr) return -1;
-    team->run(run_ceiling, &run);
+    team->run({1, num_ceilings, reach_ceiling, &run});
     return run.done.load();
 }
