@@ -8,13 +8,13 @@ divided by the replicas there.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
 from deployments.args import AppArgs, ModelArgs
+from torchweave_ray.kernels.machine import num_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def probe_cluster() -> Cluster:
         gpus = sum(resources.get("GPU", 0) for resources in nodes)
         return Cluster(min(cpus, default=1), max(1, len(cpus)), gpus)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return Cluster(os.cpu_count() or 1, 1, gpus)
+    return Cluster(num_cores(), 1, gpus)
 
 
 def place(args: AppArgs, cluster: Cluster) -> list[Placement]:

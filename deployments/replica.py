@@ -31,6 +31,7 @@ from deployments.placement import Placement, threads_of
 from optimizer.task import ensure_staged
 from torchweave_ray.config import EngineConfig, SchedulerConfig, from_mapping
 from torchweave_ray.errors import EngineError, TorchWeaveError
+from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
 from torchweave_ray.tokenizer import load_tokenizer, read_tokenizer_files
 
@@ -65,7 +66,7 @@ class ModelReplica:
     async def __init__(self, config: ReplicaConfig) -> None:  # type: ignore[misc]
         log_through_serve()
         compute_at_once()
-        cores = len(os.sched_getaffinity(0))
+        cores = num_cores()
         engine_config = config.engine_config(cores)
         # Ray says 1 here for a replica of one CPU, and OpenMP takes it for every new thread, the
         # engine's too. It is read when torch is loaded, which must not have happened yet.

@@ -54,7 +54,7 @@ RULES = {
     "torchweave_ray": _rule(None, ""),
     "deployments": Rule(
         _ours(f"{CONTRACTS} build config api metrics tokenizer block_hash engine.async_engine")
-        | {"optimizer.task"},
+        | {TW + "kernels.machine", "optimizer.task"},
         frozenset({"torch"}),
     ),
     "optimizer": Rule(_ours("models kernels attention errors"), frozenset({"ray", "deployments"})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.config import CacheConfig
 from torchweave_ray.errors import ArtifactError, ConfigError
+from torchweave_ray.kernels.cgroup import cpu_quota
+from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.runner.device import (
     free_host_memory,
     free_memory,
@@ -176,3 +179,33 @@ def test_an_int8_cache_copies_scales_with_their_codes() -> None:
     assert kv.value_scales[:, 2, 3].tolist() == [-0.0, -1.5, -1.5, -3.0, -6.0]
     cache.close()
     assert cache.layers == ()
+
+
+def test_cores_are_those_of_the_containers_quota(tmp_path: Path) -> None:
+    cores = num_cores(tmp_path)
+    assert cores == len(os.sched_getaffinity(0))
+    root = _write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/system/pod\n",
+            "sys/fs/cgroup/system/pod/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/system/cpu.max": "190000 100000\n",
+        },
+    )
+    assert num_cores(root) == 1  # whole ones, a parent's too
+    _write(root, {"sys/fs/cgroup/system/cpu.max": "50000 100000\n"})
+    assert num_cores(root) == 1
+    _write(root, {"sys/fs/cgroup/system/cpu.max": "max 100000\n"})
+    assert num_cores(root) == cores
+
+
+def test_a_cgroup_v1_quota_counts_where_the_path_is_the_hosts(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "4:cpu,cpuacct:/kubepods/pod1\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "350000\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    }
+    root = _write(tmp_path, files)
+    assert cpu_quota(root) == 3.5
+    _write(root, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"})
+    assert cpu_quota(root) is None

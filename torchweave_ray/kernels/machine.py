@@ -6,11 +6,16 @@ import os
 import platform
 from pathlib import Path
 
+from torchweave_ray.kernels.cgroup import cpu_quota
 
-def num_cores() -> int:
-    """Cores that this process may use."""
+
+def num_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use. A container's quota counts in whole ones: threads beyond it
+    would stop in the middle of a product until the next period. `root` is for tests."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def fingerprint(executor: str, threads: int) -> dict[str, str | int]:

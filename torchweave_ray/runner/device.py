@@ -6,17 +6,22 @@ Knows no model. Memory that a container may not have counts as not there: cgroup
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from torchweave_ray.errors import ArtifactError, ConfigError
+from torchweave_ray.kernels.cgroup import cgroups
 from torchweave_ray.kernels.machine import num_cores
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROOT = Path("/")
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""Limit, usage and a key of memory.stat, by the version of the cgroup."""
 
 
 def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -64,7 +69,7 @@ def free_memory(device: torch.device) -> int:
 
 def free_host_memory(root: Path = _ROOT) -> int:
     """min(MemAvailable, what each cgroup over this process leaves). `root` is for tests."""
-    frees = [_cgroup_free(*paths) for paths in _memory_cgroups(root)]
+    frees = [_cgroup_free(folder, *_FILES[version]) for folder, version in cgroups("memory", root)]
     available = _mem_available(root / "proc/meminfo")
     return max(0, min(free for free in (*frees, available) if free is not None))
 
@@ -76,32 +81,6 @@ def _mem_available(meminfo: Path) -> int:
                 return int(line.split()[1]) * 1024
     # Not Linux: physical memory, half of which we take for used.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """(folder, limit, usage, key of memory.stat) of this process's cgroups and their parents.
-
-    Inside a container the path in /proc/self/cgroup may name folders of the host that are not
-    mounted: those are skipped, and the mount's own root still tells the container's limit.
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    mount = root / "sys/fs/cgroup"
-    for line in lines:
-        hierarchy, controllers, path = line.split(":", 2)
-        if hierarchy == "0" and not controllers:
-            base, names = mount, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = mount / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        for parent in (folder, *folder.parents):
-            if parent.is_relative_to(base):
-                yield (parent, *names)
 
 
 def _cgroup_free(folder: Path, limit: str, usage: str, inactive: str) -> int | None:
