@@ -131,6 +131,8 @@ def test_pods_have_what_a_node_needs(name: str) -> None:
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert set(mounts.values()) == set(volumes)
+        # The volume of this name is the one that KubeRay mounts in the autoscaler's container.
+        assert mounts["/tmp/ray"] == "ray-logs"
         assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
         claim = volumes[mounts["/artifacts"]]["persistentVolumeClaim"]["claimName"]
         assert claim in _names("PersistentVolumeClaim")
@@ -192,6 +194,7 @@ def test_prometheus_asks_ports_that_pods_have() -> None:
     manifest = _load("podmonitor.yaml")
     assert manifest["kind"] == "PodMonitor"
     asked = {endpoint["port"] for endpoint in manifest["spec"]["podMetricsEndpoints"]}
+    asked.remove("metrics")  # KubeRay adds this one
     wanted = dict(manifest["spec"]["selector"]["matchLabels"])
     assert wanted.pop("ray.io/is-ray-node") == "yes"  # KubeRay's own label
     cluster = _load(FILES[0])["spec"]["rayClusterConfig"]
