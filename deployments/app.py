@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.args import AppArgs, ModelArgs
 from deployments.environment import apply_environment
@@ -17,11 +18,13 @@ from deployments.ingress import Ingress, IngressConfig
 from deployments.log import log_through_serve
 from deployments.placement import Placement, place, probe_cluster
 from deployments.replica import ModelReplica, ReplicaConfig
+from deployments.router import PrefixRouter
 
 LONGEST_STREAM_S = 600.0
 """How long a replica that is told to stop waits for its streams."""
 MAX_ONGOING_REQUESTS = 10_000
 """Serve queues nothing: the engine has the only queue, and refuses by its exact backlog."""
+ROUTING_STATS_PERIOD_S = 1.0
 MODEL_REPLICA = "ModelReplica:"
 SAME_LOOP = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -66,9 +69,16 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
         num_replicas=model.num_replicas,
         ray_actor_options=_actor_options(placement.num_cpus, placement.num_gpus),
         max_constructor_retry_count=3,  # a bad artifact stays bad: say so soon
+        **({"request_router_config": _router()} if model.router == "prefix" else {}),
         **_options(),
     )
     return deployment.bind(ReplicaConfig(model, placement, _absolute(args.artifact_dir)))
+
+
+def _router() -> RequestRouterConfig:
+    return RequestRouterConfig(
+        request_router_class=PrefixRouter, request_routing_stats_period_s=ROUTING_STATS_PERIOD_S
+    )
 
 
 def _options() -> dict[str, Any]:

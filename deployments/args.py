@@ -56,6 +56,8 @@ class ModelArgs(StrictModel):
     """CPUs that Ray sets aside for a replica; None: its share of a node."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a replica; None: the node's cores divided by its replicas."""
+    router: Literal["prefix", "default"] = "prefix"
+    """prefix: the replica with the least to compute for a request; default: Ray Serve's own."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """An `EngineConfig` as nested mappings."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torchweave_ray.errors import RequestError, TorchWeaveError
+from torchweave_ray.errors import Overloaded, RequestError, TorchWeaveError, Unavailable
 from torchweave_ray.outputs import ModelInfo, RequestOutput, Timings, Usage
 
 
@@ -35,10 +35,19 @@ class EngineFailed:
     """The engine is dead; this replica is about to be replaced."""
 
     reason: str
+    replica: str = ""
 
 
-CallResult: TypeAlias = Finished | BusFailed | EngineFailed | RequestError
-StreamItem: TypeAlias = RequestOutput | EngineFailed | RequestError
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """This replica has no room now; another one may."""
+
+    error: RequestError
+    replica: str
+
+
+CallResult: TypeAlias = Finished | BusFailed | EngineFailed | Refused | RequestError
+StreamItem: TypeAlias = RequestOutput | EngineFailed | Refused | RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +61,7 @@ class Description:
     """Seconds by stage of this replica's start."""
 
 
-def as_value(error: TorchWeaveError) -> RequestError | EngineFailed:
-    return error if isinstance(error, RequestError) else EngineFailed(str(error))
+def as_value(error: TorchWeaveError, replica: str) -> RequestError | Refused | EngineFailed:
+    if isinstance(error, Overloaded | Unavailable):
+        return Refused(error, replica)
+    return error if isinstance(error, RequestError) else EngineFailed(str(error), replica)

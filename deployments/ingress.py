@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import ray
@@ -25,6 +25,7 @@ from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
 from deployments.log import log_through_serve
 from torchweave_ray.api.app import create_app
+from torchweave_ray.api.endpoint import check_session_id
 from torchweave_ray.api.grammar import wanted_of
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.settings import ApiSettings
@@ -78,6 +79,7 @@ class Ingress:
         model: str | None = None,
         n: int = 1,
         cache_salt: str = "",
+        session_id: str = "",
         structured_outputs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[RequestOutput]:
@@ -105,6 +107,8 @@ class Ingress:
         if structured_outputs is not None:
             wanted = wanted_of({"structured_outputs": structured_outputs})
             (request,) = await self._service.constrain(served, wanted, [request])
+        check_session_id(session_id, "session_id")
+        request = replace(request, session_id=session_id)
         async with aclosing(self._backend.generate(request)) as outputs:
             async for output in outputs:
                 yield output

@@ -26,8 +26,9 @@ from deployments.calls import (
     as_value,
 )
 from deployments.cpu_policy import compute_at_once
-from deployments.log import log_through_serve
+from deployments.log import log_start, log_through_serve
 from deployments.placement import Placement, threads_of
+from deployments.router import own_id, routing_stats
 from optimizer.task import ensure_staged
 from torchweave_ray.config import EngineConfig, SchedulerConfig, from_mapping
 from torchweave_ray.errors import EngineError, TorchWeaveError
@@ -80,6 +81,7 @@ class ModelReplica:
         loaded = await asyncio.to_thread(self._load, config, engine_config)
         tokenizer = load_tokenizer(loaded.tokenizer_dir)
         self._info = loaded.info
+        self._id = own_id()
         self._files = read_tokenizer_files(loaded.tokenizer_dir)
         self._bus = BusSender(f"{loaded.info.id}:{os.getpid()}")
         self._engine = AsyncEngine(
@@ -89,7 +91,10 @@ class ModelReplica:
             after_step=self._bus.flush,
         )
         self._engine.start()
-        self._say_hello(config, engine_config, cores)
+        sharing = config.placement.replicas_per_device
+        log_start(
+            loaded.info, self._startup_s, engine_config.runner.threads or cores, cores, sharing
+        )
 
     def _load(self, config: ReplicaConfig, engine_config: EngineConfig) -> LoadedModel:
         from torchweave_ray.build import load_model
@@ -140,7 +145,7 @@ class ModelReplica:
         if isinstance(how, RequestOutput):
             assert how.usage is not None
             return Finished(stream.num_entries, how.usage, how.timings)
-        return how if isinstance(how, BusFailed) else as_value(how)
+        return how if isinstance(how, BusFailed) else as_value(how, self._id)
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[StreamItem]:
         """Everything as items of this call."""
@@ -148,7 +153,7 @@ class ModelReplica:
             async for output in self._engine.generate(request):
                 yield output
         except TorchWeaveError as error:
-            yield as_value(error)
+            yield as_value(error, self._id)
         finally:
             self._engine.abort(request.request_id)  # the caller may have left
 
@@ -161,6 +166,10 @@ class ModelReplica:
 
     async def stats(self) -> Stats:
         return self._engine.snapshot()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Asked by Serve, for the routers of all ingresses."""
+        return routing_stats(self._engine.snapshot(), self._info.block_size)
 
     async def ping(self) -> EngineFailed | None:
         """None when this replica can answer requests."""
@@ -180,19 +189,3 @@ class ModelReplica:
         from_mapping(SchedulerConfig, values, "user_config")  # keys, types and how they fit
         self._engine.update_limits(**user_config)
         logger.info("[Config] limits: %s", dict(user_config) or "as started")
-
-    def _say_hello(self, config: ReplicaConfig, engine: EngineConfig, cores: int) -> None:
-        info, threads = self._info, engine.runner.threads or cores
-        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._startup_s.items())
-        formats = "".join(f", {group} {name}" for group, name in info.quantization.items())
-        logger.info(
-            "[Start] %s: artifact %s, %s executor on %s, %s%s, KV %s, %d threads; seconds: %s",
-            *(info.id, info.artifact_id, info.executor, info.device, info.dtype, formats),
-            *(info.kv_dtype, threads, stages),
-        )
-        together = threads * config.placement.replicas_per_device
-        if info.device == "cpu" and together > cores:
-            logger.warning(
-                "[Start] %d threads of %d replicas share %d cores: lower num_replicas or threads",
-                *(together, config.placement.replicas_per_device, cores),
-            )

@@ -47,6 +47,18 @@ class BusAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingHint:
+    """What the choice of a replica goes by; made once, where the request arrives."""
+
+    num_tokens: int = 0
+    marks: tuple[tuple[int, bytes], ...] = ()
+    """(tokens, hash) of the prompt's beginnings, shortest first; see block_hash.prefix_marks."""
+    session: str = ""
+    avoid: tuple[str, ...] = ()
+    """Replicas that refused this request or were lost with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One request in token ids.
 
@@ -77,6 +89,10 @@ class GenerateRequest:
     """For OutputKind.POOLED."""
     exclusive: bool = False
     """Alone in its steps, no prefix cache: the unbatched baseline."""
+    session_id: str = ""
+    """Requests of one session go to one replica where there are several."""
+    routing: RoutingHint | None = None
+    """Set by the backend that has several replicas."""
     delivery: BusAddress | None = None
     """None: outputs travel on the handle call; else as frames to this ingress."""
 

@@ -16,13 +16,29 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from deployments.bus.listener import DEAD_AFTER_S, BusListener, IncomingStream
-from deployments.calls import BusFailed, EngineFailed, Finished
+from deployments.calls import BusFailed, EngineFailed, Finished, Refused
 from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
 
 
 class Lost(TorchWeaveError):
-    """This attempt's replica or bus is gone; the request can go on elsewhere."""
+    """This attempt's replica or bus is gone; the request can go on elsewhere.
+
+    `replica` is not to be tried again; "" when nothing is known against it.
+    """
+
+    def __init__(self, reason: str, replica: str = "") -> None:
+        super().__init__(reason)
+        self.replica = replica
+
+
+class NoRoom(TorchWeaveError):
+    """A replica refused, with `error`; another one may have room."""
+
+    def __init__(self, error: RequestError, replica: str) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.replica = replica
 
 
 class ModelClient:
@@ -87,8 +103,10 @@ async def over_handle(
         async for item in response:
             if isinstance(item, RequestError):
                 raise item
+            if isinstance(item, Refused):
+                raise NoRoom(item.error, item.replica)
             if isinstance(item, EngineFailed):
-                raise Lost(item.reason)
+                raise Lost(item.reason, item.replica)
             yield item
     except RequestCancelledError:
         raise asyncio.CancelledError from None
@@ -162,8 +180,12 @@ async def _result(response: Any) -> Finished:
         raise Lost(f"the replica is gone ({type(error).__name__})") from error
     except DeploymentUnavailableError as error:
         raise Unavailable(f"the deployment is unavailable: {error}", None, None, 5.0) from None
-    if isinstance(result, BusFailed | EngineFailed):
+    if isinstance(result, BusFailed):
         raise Lost(result.reason)
+    if isinstance(result, EngineFailed):
+        raise Lost(result.reason, result.replica)
+    if isinstance(result, Refused):
+        raise NoRoom(result.error, result.replica)
     if isinstance(result, RequestError):
         raise result
     assert isinstance(result, Finished)

@@ -17,15 +17,17 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.backend.attempts import (
     Lost,
     ModelClient,
+    NoRoom,
     choices_over_handle,
     over_bus,
     over_handle,
 )
+from deployments.backend.hints import avoiding, with_hint
 from deployments.backend.progress import Progress
 from deployments.bus.listener import BusListener
 from deployments.calls import Description, EngineFailed
 from deployments.status import why_down
-from torchweave_ray.errors import ModelNotFound, Unavailable
+from torchweave_ray.errors import ModelNotFound, RequestError, Unavailable
 from torchweave_ray.outputs import GenerateRequest, ModelInfo, OutputKind, RequestOutput, Stats
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class RayBackend:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestOutput]:
         """Outputs until one `is_last`; raises RequestError when refused or lost for good."""
         client = self._client(request.model)
+        request = with_hint(request, self._info(request.model))
         progress = Progress(request)
         self._num_open += 1
         try:
@@ -71,7 +74,8 @@ class RayBackend:
                 return
             except Lost as error:
                 logger.warning("[Request] %s goes on elsewhere: %s", request.request_id, error)
-            async with aclosing(self._resume(client, request, progress)) as outputs:
+                replica = error.replica
+            async with aclosing(self._resume(client, request, progress, replica)) as outputs:
                 async for output in outputs:
                     yield output
         finally:
@@ -145,7 +149,24 @@ class RayBackend:
             raise ModelNotFound(f"no model {model!r}; there is {known}", "model", "model_not_found")
         return client
 
-    def _first_attempt(
+    async def _first_attempt(
+        self, client: ModelClient, request: GenerateRequest
+    ) -> AsyncGenerator[RequestOutput]:
+        """By one replica, or by one other when that has no room."""
+        refusals: list[RequestError] = []
+        while True:
+            try:
+                async with aclosing(self._attempt(client, request)) as outputs:
+                    async for output in outputs:
+                        yield output
+                return
+            except NoRoom as refusal:
+                refusals.append(refusal.error)
+                if len(refusals) == 2:
+                    raise min(refusals, key=lambda error: error.retry_after or 0.0) from None
+                request = avoiding(request, refusal.replica)
+
+    def _attempt(
         self, client: ModelClient, request: GenerateRequest
     ) -> AsyncGenerator[RequestOutput]:
         if self._bus is not None and request.output_kind is OutputKind.TOKENS:
@@ -153,14 +174,15 @@ class RayBackend:
         return over_handle(client, request)
 
     async def _resume(
-        self, client: ModelClient, request: GenerateRequest, progress: Progress
+        self, client: ModelClient, request: GenerateRequest, progress: Progress, *lost: str
     ) -> AsyncGenerator[RequestOutput]:
-        """By the handle, from what was received; each unfinished choice on its own."""
+        """By the handle, from what was received; each unfinished choice on its own. `lost`:
+        replicas not to go back to, "" where one is not known."""
         reason = "it cannot be resumed"
         for attempt in range(1, MAX_RESUMES + 1):
             if not progress.can_resume:
                 break
-            rest = list(progress.unfinished(attempt))
+            rest = [(i, avoiding(each, *lost)) for i, each in progress.unfinished(attempt)]
             is_whole = any(index is None for index, _ in rest)
             try:
                 async with aclosing(choices_over_handle(client, rest)) as outputs:
@@ -171,11 +193,15 @@ class RayBackend:
                 if not is_whole:  # the parts' counts are not the request's
                     yield RequestOutput(request.request_id, usage=progress.usage())
                 return
-            except Lost as error:
-                reason = str(error)
+            except (Lost, NoRoom) as error:
+                reason, lost = str(error), (*lost, error.replica)
                 logger.warning("[Request] %s: attempt %d: %s", request.request_id, attempt, error)
                 await asyncio.sleep(min(self._resume_wait_s * 2**attempt, 2.0))
         raise Unavailable(f"the replica of this request was lost: {reason}", None, None, 1.0)
+
+    def _info(self, model: str) -> ModelInfo | None:
+        task = self._descriptions.get(model)
+        return task.result().info if task is not None and _is_good(task) else None
 
     async def _pace(self) -> None:
         interval = min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _IDS = "torchweave.ids"
+MAX_SESSION_ID = 256
 
 
 class _Ids(NamedTuple):
@@ -38,7 +39,12 @@ class Call:
     """One POST: its JSON object, and the stack that closes whatever it opened."""
 
     def __init__(
-        self, body: dict[str, Any], stack: AsyncExitStack, started_at: float, ids: _Ids
+        self,
+        body: dict[str, Any],
+        stack: AsyncExitStack,
+        started_at: float,
+        ids: _Ids,
+        session_id: str,
     ) -> None:
         self.body = body
         self.stack = stack
@@ -48,6 +54,8 @@ class Call:
         """Unguessable: whoever knows it may stop the request."""
         self.started_at = started_at
         """On the monotonic clock, before the body was read."""
+        self.session_id = session_id
+        """From x-session-id: calls of one session go to one replica."""
         self.ignored: list[str] = []
         """Fields that were accepted without effect; the answer lists them."""
 
@@ -72,7 +80,7 @@ class Endpoint:
         body = _parse_object(raw)
         # The stack unwinds last: a client that leaves must not disturb the closing.
         async with AsyncExitStack() as stack:
-            call = Call(body, stack, started_at, scope[_IDS])
+            call = Call(body, stack, started_at, scope[_IDS], _session_id(scope))
             async with _WhileConnected(receive):
                 answer = await self._answer(call)
                 await answer(scope, receive, send)
@@ -152,6 +160,17 @@ class _WhileConnected:
             pass
         self._has_left = True
         self._task.cancel()
+
+
+def _session_id(scope: Scope) -> str:
+    session_id = Headers(scope=scope).get("x-session-id", "")
+    check_session_id(session_id, "x-session-id")
+    return session_id
+
+
+def check_session_id(session_id: str, param: str) -> None:
+    if len(session_id) > MAX_SESSION_ID:
+        raise InvalidRequest(f"{param} has more than {MAX_SESSION_ID} characters", param)
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchweave_ray.api.endpoint import Call
@@ -35,6 +35,7 @@ Outputs = AsyncGenerator[tuple[int, RequestOutput]]
 
 def generate(call: Call, service: Service, requests: Sequence[GenerateRequest]) -> Outputs:
     """Closed with the call at the latest; DELETE /v1/requests/{id} can stop it."""
+    requests = [replace(request, session_id=call.session_id) for request in requests]
     switches = call.stack.enter_context(service.running.open(call.id, len(requests)))
     sources = [
         _Source(service.backend, request, switch, index)
