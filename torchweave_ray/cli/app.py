@@ -6,6 +6,7 @@ import typer
 
 from torchweave_ray.cli.bench import serving, throughput
 from torchweave_ray.cli.bench_kernels import kernels
+from torchweave_ray.cli.bench_routing import routing
 from torchweave_ray.cli.bench_scenarios import interference, prefix
 from torchweave_ray.cli.bench_startup import startup
 from torchweave_ray.cli.doctor import doctor
@@ -31,6 +32,7 @@ def build_app() -> typer.Typer:
     bench.command()(throughput)
     bench.command()(prefix)
     bench.command()(interference)
+    bench.command()(routing)
     bench.command()(startup)
     bench.command()(kernels)
     app.add_typer(bench, name="bench")

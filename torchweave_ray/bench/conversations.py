@@ -1,0 +1,177 @@
+"""Conversations that grow turn by turn, over several replicas: what the choice of a replica gains.
+
+Starts `torchweave serve` once for each router and gives both the same words at the same pauses. The
+balance is that of the replicas' CPU time. Nothing else may run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchweave_ray.bench.dialects import events
+from torchweave_ray.bench.http_client import Connection, Exchange
+from torchweave_ray.bench.points import Point, RequestRecord, summarize
+from torchweave_ray.bench.process_tree import ProcessTree
+from torchweave_ray.bench.prompts import PromptSource
+from torchweave_ray.bench.server_process import started_server
+from torchweave_ray.bench.serving import (
+    BenchmarkError,
+    Failure,
+    Target,
+    openai_target,
+    read,
+    run_in_loop,
+    send,
+)
+from torchweave_ray.bench.startup import serve_options
+
+ROUTERS = ("prefix", "default")
+"""Ours, and Ray Serve's own: the less busy of two replicas taken by chance."""
+KV_MEMORY = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationsConfig:
+    replicas: int = 3
+    threads: int = 1
+    """Of a replica."""
+    conversations: int = 12
+    """Held at once, each by a reader of its own."""
+    turns: int = 5
+    first_len: int = 150
+    """Words of a first turn."""
+    turn_len: int = 40
+    """Words that a later turn adds to what was said."""
+    output_len: int = 16
+    pause_s: float = 1.0
+    """Mean of a reader's pauses, which are exponential."""
+    seed: int = 0
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    router: str
+    first: Point
+    """The first turns."""
+    later: Point
+    hit_rate: float
+    """Share of the later turns' prompt tokens that came from a cache."""
+    replica_cpu_s: tuple[float, ...]
+
+    @property
+    def balance(self) -> float:
+        """CPU time of the busiest replica over their mean: 1 is even."""
+        return max(self.replica_cpu_s) * len(self.replica_cpu_s) / sum(self.replica_cpu_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "router": self.router,
+            "hit_rate": round(self.hit_rate, 3),
+            "balance": round(self.balance, 3),
+            "replica_cpu_s": [round(seconds, 2) for seconds in self.replica_cpu_s],
+            "points": [self.first.to_dict(), self.later.to_dict()],
+        }
+
+
+def measure_router(router: str, model: str, config: ConversationsConfig) -> Measured:
+    """`model`: a recipe, or the folder of a staged artifact. Raises BenchmarkError."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "serve_config.yaml"
+        file.write_text(yaml.safe_dump(_application(router, model, config)))
+        with started_server((str(file), "--no-dashboard")) as server:
+            pids = ProcessTree([server.pid]).named("ServeReplica", "ModelReplica")
+            if len(pids) != config.replicas:
+                raise BenchmarkError(f"{len(pids)} replicas found, not {config.replicas}")
+            before = [ProcessTree([pid]).cpu_seconds() for pid in pids]
+            started = time.perf_counter()
+            records = run_in_loop(_all(server.url, config))
+            wall_s = time.perf_counter() - started
+            after = [ProcessTree([pid]).cpu_seconds() for pid in pids]
+    cpu_s = tuple(b - a for a, b in zip(before, after, strict=True))
+    return _measured(router, records, wall_s, cpu_s)
+
+
+async def hold(target: Target, config: ConversationsConfig) -> list[list[RequestRecord]]:
+    """The turns of each conversation. Equal seeds give equal words and pauses."""
+    firsts = PromptSource(config.first_len, config.seed)
+    rest = PromptSource(config.turn_len, config.seed + 1)
+    pauses = random.Random(config.seed + 2)
+    conversations = []
+    for _ in range(config.conversations):
+        said = [firsts.next_prompt(), *(rest.next_prompt() for _ in range(config.turns - 1))]
+        waits = [pauses.expovariate(1 / config.pause_s) for _ in said]
+        script = [(wait, str(words)) for wait, words in zip(waits, said, strict=True)]
+        conversations.append(_converse(target, config, script))
+    return list(await asyncio.gather(*conversations))
+
+
+async def _all(url: str, config: ConversationsConfig) -> list[list[RequestRecord]]:
+    return await hold(await openai_target(url, "completions", None), config)
+
+
+async def _converse(
+    target: Target, config: ConversationsConfig, script: Sequence[tuple[float, str]]
+) -> list[RequestRecord]:
+    connection = Connection(target.url)
+    records = []
+    text = ""
+    try:
+        for wait_s, words in script:
+            await asyncio.sleep(wait_s)
+            text += words
+            body = json.dumps(target.dialect.body(text, config.output_len)).encode()
+            outcome = await send(target, connection, body, config.timeout_s)
+            record = read(target, outcome)
+            if isinstance(outcome, Failure) or record.error is not None:
+                raise BenchmarkError(f"{target.name} at {target.url}: {record.error}")
+            records.append(record)
+            text += _answer(outcome) + " "
+    finally:
+        connection.close()
+    return records
+
+
+def _answer(exchange: Exchange) -> str:
+    chunks = [json.loads(e.data) for e in events(exchange) if e.data not in ("", "[DONE]")]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk.get("choices", ()))
+
+
+def _measured(
+    router: str,
+    conversations: Sequence[Sequence[RequestRecord]],
+    wall_s: float,
+    replica_cpu_s: tuple[float, ...],
+) -> Measured:
+    first = [turns[0] for turns in conversations]
+    later = [turn for turns in conversations for turn in turns[1:]]
+    points = [
+        summarize(f"{router}, {name}", len(conversations), records, wall_s)
+        for name, records in (("first turns", first), ("later turns", later))
+    ]
+    hit_rate = points[1].cached_tokens / max(1, points[1].prompt_tokens)
+    return Measured(router, points[0], points[1], hit_rate, replica_cpu_s)
+
+
+def _application(router: str, model: str, config: ConversationsConfig) -> dict[str, Any]:
+    served = {
+        serve_options(model)[0].removeprefix("--"): model,
+        "id": "measured",
+        "num_replicas": config.replicas,
+        "num_cpus": 0.2,
+        "threads": config.threads,
+        "router": router,
+        "engine": {"cache": {"kv_memory": KV_MEMORY}},
+    }
+    application = {"name": "measured", "route_prefix": "/", "import_path": "deployments.app:build"}
+    return {"applications": [{**application, "args": {"models": [served]}}]}
