@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torchweave_ray.bench.origin import save_results
-from torchweave_ray.bench.process_tree import ProcessTree
+from torchweave_ray.bench.process_tree import wait_until_calm
 from torchweave_ray.bench.server_process import ServerFailed, started_server
 
 Line = dict[str, Any]
@@ -27,7 +27,6 @@ ROWS = ("load", "batching", "prefix", "interference", "tax", "first-token", "rea
 OVER_HTTP = ("load", "prefix", "interference")
 """What any OpenAI-compatible server can be asked."""
 TAX_AT = 16
-CALM_S, CALM_CORES, CALM_TRIES = 2.0, 0.3, 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +122,12 @@ def measure_served(run: Run, rows: Sequence[str]) -> None:
         return
     try:
         with started_server(("--recipe", run.recipe, "--no-dashboard")) as server:
-            wait_until_calm(server.pid)
+            if not wait_until_calm(server.pid):
+                print("the server is not calm: measuring anyway", file=sys.stderr)
             measure_http(run, rows, server.url)
     except ServerFailed as error:
         print(error, file=sys.stderr)
         run.failures |= dict.fromkeys(over_http - set(run.lines), "the server did not start")
-
-
-def wait_until_calm(pid: int) -> None:
-    """Ray goes on starting workers after the first 200: they are not what is measured."""
-    tree = ProcessTree([pid])
-    for _ in range(CALM_TRIES):
-        before = tree.cpu_seconds()
-        time.sleep(CALM_S)
-        if tree.cpu_seconds() - before < CALM_CORES * CALM_S:
-            return
-    print("the server is not calm: measuring anyway", file=sys.stderr)
 
 
 def measure_in_process(run: Run, rows: Sequence[str]) -> None:

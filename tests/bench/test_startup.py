@@ -17,8 +17,8 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.tiny import make_tiny_artifact
-from torchweave_ray.bench import startup
-from torchweave_ray.bench.process_tree import ProcessTree, unique_bytes
+from torchweave_ray.bench import process_tree, startup
+from torchweave_ray.bench.process_tree import ProcessTree, unique_bytes, wait_until_calm
 from torchweave_ray.bench.server_process import RunningServer, ServerFailed, started_server
 from torchweave_ray.bench.serving import BenchmarkError
 from torchweave_ray.cli.app import build_app
@@ -186,3 +186,12 @@ def test_two_real_replicas_are_weighed(artifact: Path) -> None:
 @pytest.mark.ray
 def test_the_empty_app_becomes_ready(artifact: Path) -> None:
     assert startup.ready(str(artifact), "default", "empty", run=0)["seconds"] > 0
+
+
+def test_calm_is_a_tree_that_takes_little_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_tree, "CALM_S", 0.01)
+    assert wait_until_calm(os.getpid(), tries=0) is False
+    readings = iter([0.0, 1.0, 1.0, 1.001, 0.0, 1.0, 1.0, 2.0])
+    monkeypatch.setattr(ProcessTree, "cpu_seconds", lambda _: next(readings))
+    assert wait_until_calm(os.getpid(), tries=2) is True
+    assert wait_until_calm(os.getpid(), tries=2) is False

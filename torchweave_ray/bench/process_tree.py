@@ -6,9 +6,11 @@ Ended children count through their parent's cutime, so a worker that dies in bet
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 _PROC = Path("/proc")
+CALM_S, CALM_CORES = 2.0, 0.3
 
 
 class ProcessTree:
@@ -65,6 +67,18 @@ class ProcessTree:
             fields = text[text.rindex(")") + 2 :].split()
             found[int(path.name)] = (int(fields[1]), sum(map(int, fields[11:15])))
         return found
+
+
+def wait_until_calm(pid: int, tries: int = 15) -> bool:
+    """Until the tree below `pid` takes little CPU; False if it never does. Ray goes on starting
+    workers after a server's first 200, and they are not what one wants to measure."""
+    tree = ProcessTree([pid])
+    for _ in range(tries):
+        before = tree.cpu_seconds()
+        time.sleep(CALM_S)
+        if tree.cpu_seconds() - before < CALM_CORES * CALM_S:
+            return True
+    return False
 
 
 def unique_bytes(pid: int, proc: Path = _PROC) -> int:
