@@ -110,7 +110,7 @@ def test_a_session_stays_on_one_replica(client: Client) -> None:
 def test_where_one_has_no_room_the_other_answers_and_then_429(client: Client) -> None:
     """A session wants one replica, where its third request finds no room."""
     ask_all = replicas()
-    waiter, asker = list(range(5, 155)), list(range(5, 105))  # 150 + 100 > LIMIT
+    waiter = list(range(5, 155))
 
     def waiting() -> list[int]:
         return [stats.num_waiting_tokens for stats in ask_all()]
@@ -122,6 +122,8 @@ def test_where_one_has_no_room_the_other_answers_and_then_429(client: Client) ->
             waits.append(pool.submit(ask, client, "bob", prompt=waiter, max_tokens=1))
             wait_until(lambda num=num_full: waiting().count(150) == num, 5)
             before = ask_all()
+            # Too much beside 150 tokens, and dearer anywhere else than the two requests there.
+            asker = [200 + num_full] * 180
             status, answer, headers = ask(client, "bob", prompt=asker, max_tokens=2)
             ended = [
                 b.num_finished - a.num_finished for a, b in zip(before, ask_all(), strict=True)
