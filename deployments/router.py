@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -144,30 +144,51 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
         self._memories: dict[str, Memory] = {}
         self._sessions: OrderedDict[str, str] = OrderedDict()
         self._suspects: dict[ReplicaID, float] = {}
+        self._chosen: Counter[ReplicaID] = Counter()
+        """Counted as load when they were chosen, not sent yet."""
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        if pending_request is not None:  # else Serve asks again and again without a pause
-            pending_request.routing_context.should_backoff = True
         if not candidate_replicas:
             return []
         hint = _hint(pending_request)
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         views = [self._view(id_, replica, hint) for id_, replica in by_id.items()]
         num_tokens = hint.num_tokens if hint is not None else 0
-        return [[by_id[id_]] for id_ in rank(views, num_tokens, _anchor(hint))]
+        ids = rank(views, num_tokens, _anchor(hint))
+        if pending_request is not None and not pending_request.routing_context.should_backoff:
+            # Else Serve asks again and again without a pause.
+            pending_request.routing_context.should_backoff = True
+            self._count(by_id[ids[0]], hint)
+        return [[by_id[id_]] for id_ in ids]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        if self._chosen[replica_id]:
+            self._chosen[replica_id] -= 1  # it counts already
+        else:
+            super().on_send_request(replica_id)
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: object
     ) -> None:
-        hint = _hint(pending_request)
-        if hint is None:
-            return
+        if (hint := _hint(pending_request)) is not None:
+            self._remember(replica_id, self.curr_replicas.get(replica_id), hint)
+
+    def _count(self, replica: RunningReplica, hint: RoutingHint | None) -> None:
+        """At once: of a burst, Serve has all requests placed before it sends the first one."""
+        replica_id = replica.replica_id
+        self._chosen[replica_id] += 1
+        self.replica_queue_len_cache.update(replica_id, self._load(replica) + 1)
+        if hint is not None:
+            self._remember(replica_id, replica, hint)
+
+    def _remember(
+        self, replica_id: ReplicaID, replica: RunningReplica | None, hint: RoutingHint
+    ) -> None:
         chosen = replica_id.unique_id
-        replica = self.curr_replicas.get(replica_id)
         capacity = _number(replica, "capacity") or CAPACITY_TOKENS
         self._memories.setdefault(chosen, Memory()).add(hint.marks, int(capacity))
         for refused in hint.avoid:
@@ -184,6 +205,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
         present = {replica.replica_id.unique_id for replica in replicas}
         self._memories = {id_: m for id_, m in self._memories.items() if id_ in present}
         self._suspects = {r: until for r, until in self._suspects.items() if r.unique_id in present}
+        self._chosen = Counter({r: n for r, n in self._chosen.items() if r.unique_id in present})
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_unavailable(replica_id)
@@ -196,16 +218,16 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
     def _view(self, id_: str, replica: RunningReplica, hint: RoutingHint | None) -> View:
         memory = self._memories.get(id_)
         matched = 0
-        is_suspect = is_avoided = self._suspects.get(replica.replica_id, 0.0) > time.monotonic()
+        is_avoided = self._is_suspect(replica)
         if hint is not None:
-            is_avoided = is_suspect or id_ in hint.avoid
+            is_avoided |= id_ in hint.avoid
             if hint.session and self._sessions.get(hint.session) == id_:
                 matched = hint.num_tokens
             elif memory is not None:
                 matched = memory.matched(hint.marks)
         return View(
             id_,
-            self._load(replica, is_suspect),
+            self._load(replica),
             int(_number(replica, "waiting")),
             _number(replica, "kv"),
             matched,
@@ -213,13 +235,16 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
             is_avoided,
         )
 
-    def _load(self, replica: RunningReplica, is_suspect: bool) -> int:
+    def _is_suspect(self, replica: RunningReplica) -> bool:
+        return self._suspects.get(replica.replica_id, 0.0) > time.monotonic()
+
+    def _load(self, replica: RunningReplica) -> int:
         """Serve's count is right as of the last call from here. When that is long ago, the
         replica's own is, and Serve need not ask for it, which may take a busy one too long."""
         load: int | None = self.replica_queue_len_cache.get(replica.replica_id)
         if load is None:
             load = int(_number(replica, "requests"))
-            if not is_suspect:
+            if not self._is_suspect(replica):
                 self.replica_queue_len_cache.update(replica.replica_id, load)
         return load
 
