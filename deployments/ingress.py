@@ -30,7 +30,7 @@ from torchweave_ray.api.grammar import wanted_of
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.errors import InvalidRequest, TorchWeaveError, nearest
-from torchweave_ray.outputs import RequestOutput
+from torchweave_ray.outputs import Deadline, RequestOutput
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Tokenizer
 
@@ -81,14 +81,16 @@ class Ingress:
         cache_salt: str = "",
         session_id: str = "",
         structured_outputs: Mapping[str, Any] | None = None,
+        deadline_ms: int | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[RequestOutput]:
         """For Python: `serve.get_app_handle("torchweave").options(stream=True).generate.remote(
         "What is gravity?", max_tokens=32)` yields outputs until one `is_last`.
 
-        `structured_outputs` is that of HTTP, `sampling` are SamplingParams' fields. Raises
-        RequestError; cancel the response to leave early.
+        `structured_outputs` and `deadline_ms` are those of HTTP, `sampling` are SamplingParams'
+        fields. Raises RequestError; cancel the response to leave early.
         """
+        deadline = _deadline(deadline_ms)
         served = await self._service.model(model)
         if (prompt is None) == (messages is None):
             raise InvalidRequest("give either a prompt or messages", "prompt")
@@ -108,7 +110,7 @@ class Ingress:
             wanted = wanted_of({"structured_outputs": structured_outputs})
             (request,) = await self._service.constrain(served, wanted, [request])
         check_session_id(session_id, "session_id")
-        request = replace(request, session_id=session_id)
+        request = replace(request, session_id=session_id, deadline=deadline)
         async with aclosing(self._backend.generate(request)) as outputs:
             async for output in outputs:
                 yield output
@@ -135,6 +137,15 @@ class Ingress:
                 await asyncio.sleep(1.0)
             else:
                 return await asyncio.to_thread(tokenizer.warm)
+
+
+def _deadline(milliseconds: int | None) -> Deadline | None:
+    """Counted from the call's arrival here."""
+    if milliseconds is None:
+        return None
+    if type(milliseconds) is not int or milliseconds < 1:
+        raise InvalidRequest("deadline_ms must be a whole number of at least 1", "deadline_ms")
+    return Deadline.after(milliseconds / 1e3)
 
 
 def _split(sampling: dict[str, Any]) -> tuple[dict[str, Any], int | None, int | None]:

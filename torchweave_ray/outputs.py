@@ -7,7 +7,8 @@ Token ids only: nothing here tokenises, and nothing here knows Ray or torch.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,33 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class Late(enum.StrEnum):
+    """`ChoiceDelta.error` of a request that ran out of time."""
+
+    PASSED = "the deadline passed"
+    HOPELESS = "the prompt cannot be computed before the deadline"
+
+
+class Deadline(float):
+    """A moment on this process's monotonic clock.
+
+    Machines' clocks differ, so what is pickled is the time left, counted anew where it arrives.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds)
+
+    @property
+    def seconds_left(self) -> float:
+        return self - time.monotonic()
+
+    def __reduce__(self) -> tuple[Callable[[float], Deadline], tuple[float]]:
+        return Deadline.after, (self.seconds_left,)
 
 
 class OutputKind(enum.StrEnum):
@@ -80,7 +108,8 @@ class GenerateRequest:
     priority: int = 0
     """Higher goes first."""
     deadline: float | None = None
-    """Unix seconds; a request still unfinished then is ended."""
+    """On the engine's clock; one that travels is a `Deadline`. A request still unfinished then is
+    ended, and before it begins as soon as its prompt cannot be computed in time."""
     cache_salt: str = ""
     """Requests share cached prefixes only with equal (tenant, cache_salt)."""
     grammar: str | None = None
@@ -225,7 +254,8 @@ class Stats:
     num_running: int = 0
     num_waiting: int = 0
     num_waiting_tokens: int = 0
-    """Prompt tokens not yet computed, prefix hits excluded where known."""
+    """Tokens that prompts, waiting or partly computed, still have to compute. What the prefix cache
+    had of a waiting one when it was last looked up does not count."""
     num_blocks: int = 0
     num_free_blocks: int = 0
     """Blocks no sequence holds; cached ones count as free."""

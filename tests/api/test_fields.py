@@ -12,7 +12,7 @@ from tests.fakes import Script
 from torchweave_ray.api.native.schema import GenerateBody
 from torchweave_ray.api.openai.schema import ChatBody, CompletionBody
 from torchweave_ray.api.schema import Body
-from torchweave_ray.outputs import GenerateRequest, OutputKind
+from torchweave_ray.outputs import Deadline, GenerateRequest, OutputKind
 from torchweave_ray.sampling_params import SamplingParams
 
 GENERATE, COMPLETIONS, CHAT = "/v1/generate", "/v1/completions", "/v1/chat/completions"
@@ -213,6 +213,10 @@ def _continue_final_message(api: Api, path: str) -> None:
     assert TOKENIZER.decode(request.prompt_token_ids, False).endswith("assistant\nWell")
 
 
+def _deadline_ms(api: Api, path: str) -> None:
+    assert isinstance(api.sent(path, VALID[path] | {"deadline_ms": 60_000}).deadline, Deadline)
+
+
 def _grammar(name: str, value: Any) -> Any:
     """What each comes to is tests/grammar's."""
 
@@ -229,6 +233,7 @@ OTHER: dict[str, Any] = {
     "guided_regex": _grammar("guided_regex", "a"),
     "guided_choice": _grammar("guided_choice", ["a"]),
     "guided_grammar": _grammar("guided_grammar", 'start: "a"'),
+    "deadline_ms": _deadline_ms,
     "model": _model,
     "prompt": _prompt,
     "messages": _messages,

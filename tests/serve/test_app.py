@@ -190,6 +190,20 @@ def test_python_handles(served: Served) -> None:
         list(handle.generate.remote(PROMPT, temperatur=0))
 
 
+def test_a_deadline_passes_in_a_replica(served: Served) -> None:
+    long: dict[str, Any] = LONG | {"max_tokens": 900, "n": 4, "deadline_ms": 200}
+    status, answer, _ = served.bus.post("/v1/completions", prompt=PROMPT, **long)
+    assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+    handle = serve.get_app_handle("torchweave").options(stream=True)
+    outputs = list(handle.generate.remote(PROMPT, **long))
+    deltas = [delta for output in outputs for delta in output.deltas]
+    assert {delta.error for delta in deltas if delta.finish_reason} == {"the deadline passed"}
+    assert outputs[-1].is_last
+    with pytest.raises(InvalidRequest, match="deadline_ms"):
+        list(handle.generate.remote(PROMPT, deadline_ms=0))
+    wait_until(is_idle, 5)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_streams_survive_the_loss_of_their_replica(served: Served, how: signal.Signals) -> None:
     expected = served.bus.text(PROMPT, **LONG)

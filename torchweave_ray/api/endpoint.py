@@ -11,8 +11,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -20,13 +20,21 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from torchweave_ray.api.errors import INTERNAL_ERROR, error_response
-from torchweave_ray.errors import InvalidRequest, RequestError, RequestTooLarge
+from torchweave_ray.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    RequestError,
+    RequestTooLarge,
+)
+from torchweave_ray.outputs import Deadline, Late
 
 logger = logging.getLogger(__name__)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _IDS = "torchweave.ids"
 MAX_SESSION_ID = 256
+_DEADLINE_HEADER = "x-deadline-ms"
+MAX_DEADLINE_MS = 2**31 - 1
 
 
 class _Ids(NamedTuple):
@@ -58,10 +66,41 @@ class Call:
         """From x-session-id: calls of one session go to one replica."""
         self.ignored: list[str] = []
         """Fields that were accepted without effect; the answer lists them."""
+        self.deadline: Deadline | None = None
+        self._timeout: asyncio.Timeout | None = None
 
     @property
     def headers(self) -> dict[str, str]:
         return {"X-Ignored-Params": ", ".join(self.ignored)} if self.ignored else {}
+
+    def limit(self, milliseconds: int) -> None:
+        """It must end so long after it came; the sooner of two limits holds."""
+        deadline = Deadline(self.started_at + milliseconds / 1e3)
+        if self.deadline is None or deadline < self.deadline:
+            self.deadline = deadline
+            if self._timeout is not None:
+                self._timeout.reschedule(self._ends_at())
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Raises DeadlineExceeded inside when the deadline passes, also one set meanwhile."""
+        timeout = asyncio.timeout_at(self._ends_at())
+        self._timeout = timeout
+        try:
+            async with timeout:
+                yield
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise DeadlineExceeded(Late.PASSED, None, "deadline_exceeded") from None
+        finally:
+            self._timeout = None
+
+    def _ends_at(self) -> float | None:
+        """On the loop's clock."""
+        if self.deadline is None:
+            return None
+        return asyncio.get_running_loop().time() + self.deadline.seconds_left
 
 
 Handler = Callable[[Call], Awaitable[ASGIApp]]
@@ -75,14 +114,18 @@ class Endpoint:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started_at = time.perf_counter()
+        started_at = time.monotonic()
+        deadline_ms = _announced_deadline_ms(scope)
         raw = await _read_body(scope, receive, self._max_body_bytes)
         body = _parse_object(raw)
         # The stack unwinds last: a client that leaves must not disturb the closing.
         async with AsyncExitStack() as stack:
             call = Call(body, stack, started_at, scope[_IDS], _session_id(scope))
+            if deadline_ms is not None:
+                call.limit(deadline_ms)
             async with _WhileConnected(receive):
-                answer = await self._answer(call)
+                async with call.in_time():
+                    answer = await self._answer(call)
                 await answer(scope, receive, send)
 
     async def _answer(self, call: Call) -> ASGIApp:
@@ -171,6 +214,19 @@ def _session_id(scope: Scope) -> str:
 def check_session_id(session_id: str, param: str) -> None:
     if len(session_id) > MAX_SESSION_ID:
         raise InvalidRequest(f"{param} has more than {MAX_SESSION_ID} characters", param)
+
+
+def _announced_deadline_ms(scope: Scope) -> int | None:
+    text = Headers(scope=scope).get(_DEADLINE_HEADER)
+    if text is None:
+        return None
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
+    if not 1 <= value <= MAX_DEADLINE_MS:
+        raise InvalidRequest(
+            f"{_DEADLINE_HEADER} must be milliseconds, a whole number from 1 to {MAX_DEADLINE_MS}",
+            _DEADLINE_HEADER,
+        )
+    return value
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

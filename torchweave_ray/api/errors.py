@@ -12,11 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from torchweave_ray.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     Overloaded,
     RequestError,
     Unavailable,
 )
+from torchweave_ray.outputs import Late
 
 _ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 """Whose clients know errors in another shape."""
@@ -34,6 +36,13 @@ def error_response(error: RequestError) -> JSONResponse:
 def error_json(error: RequestError) -> str:
     """The same body for a stream that has begun. ASCII: no line separator can break a frame."""
     return json.dumps(error.body())
+
+
+def failure_of(why: str | None) -> RequestError:
+    """What a choice that ended with finish_reason "error" comes to, by its `error`."""
+    if why in set(Late):
+        return DeadlineExceeded(str(why), None, "deadline_exceeded")
+    return RequestError(why or "the engine failed on this request", None, "generation_failed")
 
 
 async def on_request_error(request: Request, error: Exception) -> Response:

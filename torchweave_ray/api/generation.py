@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchweave_ray.api.endpoint import Call
+from torchweave_ray.api.errors import failure_of
 from torchweave_ray.api.running import StopSwitch
 from torchweave_ray.api.service import Service
 from torchweave_ray.errors import RequestError, Unavailable
@@ -34,8 +35,13 @@ Outputs = AsyncGenerator[tuple[int, RequestOutput]]
 
 
 def generate(call: Call, service: Service, requests: Sequence[GenerateRequest]) -> Outputs:
-    """Closed with the call at the latest; DELETE /v1/requests/{id} can stop it."""
-    requests = [replace(request, session_id=call.session_id) for request in requests]
+    """Closed with the call at the latest; DELETE /v1/requests/{id} can stop it.
+
+    All have the call's session and deadline.
+    """
+    requests = [
+        replace(request, session_id=call.session_id, deadline=call.deadline) for request in requests
+    ]
     switches = call.stack.enter_context(service.running.open(call.id, len(requests)))
     sources = [
         _Source(service.backend, request, switch, index)
@@ -113,8 +119,8 @@ class Progress:
         self.usage = Usage(0, 0, 0)
         self.timings: Timings | None = None
         """Of the request that took longest, when there were several prompts."""
-        self.failure: str | None = None
-        """Why a choice ended with finish_reason "error"."""
+        self.failure: RequestError | None = None
+        """What a choice that ended with finish_reason "error" comes to."""
         self._num_tokens = 0
         self._finish_reasons: list[FinishReason] = []
         call.stack.callback(self._log)
@@ -125,9 +131,9 @@ class Progress:
             if delta.finish_reason is not None:
                 self._finish_reasons.append(delta.finish_reason)
                 if delta.finish_reason is FinishReason.ERROR:
-                    self.failure = delta.error or "the engine failed on this request"
+                    self.failure = failure_of(delta.error)
         if self.ttft_s is None and output.deltas:
-            self.ttft_s = time.perf_counter() - self._call.started_at
+            self.ttft_s = time.monotonic() - self._call.started_at
         if (usage := output.usage) is not None:
             self.usage = Usage(
                 self.usage.prompt_tokens + usage.prompt_tokens,
@@ -167,7 +173,7 @@ class Progress:
         return {name: round(value, 6) for name, value in seconds.items()}
 
     def _log(self) -> None:
-        total_s = time.perf_counter() - self._call.started_at
+        total_s = time.monotonic() - self._call.started_at
         finish = ",".join(sorted({str(reason) for reason in self._finish_reasons})) or "none"
         ttft = "none" if self.ttft_s is None else f"{self.ttft_s:.3f}s"
         logger.info(
@@ -219,5 +225,5 @@ async def collect(
             for choice in choices[prompt_index * n : (prompt_index + 1) * n]:
                 choice.prompt_logprobs = output.prompt_logprobs
     if progress.failure is not None:
-        raise RequestError(progress.failure, None, "generation_failed")
+        raise progress.failure
     return choices

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from torchweave_ray.api.endpoint import Call
+from torchweave_ray.api.endpoint import MAX_DEADLINE_MS, Call
 from torchweave_ray.api.errors import invalid_body
 from torchweave_ray.errors import InvalidRequest, nearest
 from torchweave_ray.sampling_params import MAX_BAD_WORDS
@@ -28,6 +28,14 @@ class Body(BaseModel):
     """Why, for some of the unsupported."""
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields that clients send and that cannot change an answer; X-Ignored-Params lists them."""
+
+
+class DeadlineFields(Body):
+    """What every call that keeps an engine busy accepts."""
+
+    deadline_ms: int | None = Field(
+        None, ge=1, le=MAX_DEADLINE_MS, description="the whole answer within so many milliseconds"
+    )
 
 
 class SamplingFields(Body):
@@ -72,7 +80,10 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(schema: type[B], call: Call) -> B:
-    """Raises InvalidRequest naming the first field that is wrong, unknown or not built."""
+    """Raises InvalidRequest naming the first field that is wrong, unknown or not built.
+
+    A deadline in the body holds from here on.
+    """
     known = {}
     for name, value in call.body.items():
         if name in schema.model_fields:
@@ -88,9 +99,12 @@ def parse(schema: type[B], call: Call) -> B:
             hint = nearest(name, schema.model_fields)
             raise InvalidRequest(f"unknown field {name!r}{hint}", name, "unknown_parameter")
     try:
-        return schema.model_validate(known)
+        body = schema.model_validate(known)
     except ValidationError as error:
         raise invalid_body(error) from None
+    if isinstance(body, DeadlineFields) and body.deadline_ms is not None:
+        call.limit(body.deadline_ms)
+    return body
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -76,7 +76,7 @@ class EventStream:
         writer: Writer,
         ping_interval_s: float,
     ) -> None:
-        self._request_id = call.request_id
+        self._call = call
         self._outputs = outputs
         self._writer = writer
         self._ping_interval_s = ping_interval_s
@@ -104,9 +104,10 @@ class EventStream:
 
     async def _run(self) -> None:
         try:
-            async for prompt_index, output in self._outputs:
-                if chunk := self._writer.output(prompt_index, output):
-                    await self._write(chunk)
+            async with self._call.in_time():
+                async for prompt_index, output in self._outputs:
+                    if chunk := self._writer.output(prompt_index, output):
+                        await self._write(chunk)
             await self._write(self._writer.end())
         except RequestError as error:
             if not self._has_begun:
@@ -115,13 +116,15 @@ class EventStream:
         except Exception:
             if not self._has_begun:
                 raise
-            logger.exception("x-request-id %s failed in its stream", self._request_id)
+            logger.exception("x-request-id %s failed in its stream", self._call.request_id)
             await self._write(self._writer.error(RequestError(INTERNAL_ERROR)))
 
     async def _write(self, chunk: bytes) -> None:
         if self._ping is not None:
-            await self._ping
-            self._ping = None
+            try:
+                await self._ping
+            finally:  # a deadline that passes here must not meet it again
+                self._ping = None
         self._last_sent = asyncio.get_running_loop().time()
         await self._begin()
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from torchweave_ray.config import SchedulerConfig
+from torchweave_ray.engine.admission import refusal_of
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.grammar import polite_thread
 from torchweave_ray.engine.meter import Meter
@@ -24,7 +25,7 @@ from torchweave_ray.errors import (
     ConfigError,
     EngineDead,
     InvalidRequest,
-    Overloaded,
+    RequestError,
     TorchWeaveError,
     Unavailable,
     nearest,
@@ -64,7 +65,6 @@ class AsyncEngine:
         self._limits = engine.scheduler_config
         self._sinks: dict[str, Sink] = {}  # only the loop touches it
         self._inbox: deque[Callable[[], None]] = deque()
-        self._inbox_tokens = 0
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._compiling = polite_thread()
@@ -119,7 +119,10 @@ class AsyncEngine:
             await asyncio.get_running_loop().run_in_executor(self._compiling, check)
 
     def add(self, request: GenerateRequest, sink: Sink) -> None:
-        """Queue a request; raises RequestError when it is refused, and the sink hears nothing."""
+        """Queue a request; raises RequestError when it can be refused at once.
+
+        A full backlog is known between steps only: the sink then hears Overloaded, and no more.
+        """
         if self._death is not None:
             raise EngineDead(f"the engine has stopped: {self._death!r}")
         if self._draining:
@@ -127,10 +130,8 @@ class AsyncEngine:
         self._engine.check(request)
         if request.request_id in self._sinks:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
-        self._check_backlog(len(request.prompt_token_ids))
         self._sinks[request.request_id] = sink
         self._idle.clear()
-        self._inbox_tokens += len(request.prompt_token_ids)
         self._post(partial(self._add, request))
 
     def abort(self, request_id: str) -> None:
@@ -200,18 +201,6 @@ class AsyncEngine:
             self._fail_all(EngineDead("the engine was closed"))
         self._engine.close()
 
-    def _check_backlog(self, num_prompt_tokens: int) -> None:
-        waiting = self._engine.num_waiting_tokens + self._inbox_tokens
-        limit = self._limits.max_waiting_tokens
-        if waiting and waiting + num_prompt_tokens > limit:  # an empty queue takes any request
-            rate = self._meter.computed_per_s
-            raise Overloaded(
-                f"{waiting} prompt tokens are waiting and the limit is {limit}",
-                None,
-                "queue_full",
-                max(1.0, waiting / rate if rate else 1.0),
-            )
-
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             sink = self._sinks.get(output.request_id)
@@ -219,9 +208,15 @@ class AsyncEngine:
                 continue  # aborted while its step ran
             if output.is_last:
                 del self._sinks[output.request_id]
-            sink(output)
+            sink(refusal_of(output) or output)
         if self._after_step is not None:
             self._after_step()
+        self._note_idle()
+
+    def _refuse(self, request_id: str, error: RequestError) -> None:
+        sink = self._sinks.pop(request_id, None)
+        if sink is not None:
+            sink(error)
         self._note_idle()
 
     def _fail_all(self, error: TorchWeaveError) -> None:
@@ -274,8 +269,10 @@ class AsyncEngine:
             self._inbox.popleft()()
 
     def _add(self, request: GenerateRequest) -> None:
-        self._inbox_tokens -= len(request.prompt_token_ids)
-        self._engine.add(request)
+        try:
+            self._engine.add(request, is_bounded=True)
+        except RequestError as error:
+            self._call_soon(partial(self._refuse, request.request_id, error))
 
     def _call_soon(self, action: Callable[[], None]) -> None:
         assert self._loop is not None

@@ -58,6 +58,13 @@ class BlockManager:
             return source.block_table[:full], source.block_table[full] if rest else None
         return self._match_prefix(seq), None
 
+    def num_shared_tokens(self, seq: Sequence) -> int:
+        """Tokens that `shared_prefix` saves it from computing."""
+        blocks, partial = self.shared_prefix(seq)
+        if partial is not None:
+            return seq.num_prompt_tokens - 1
+        return len(blocks) * self.block_size
+
     def _match_prefix(self, seq: Sequence) -> list[int]:
         if not self._enable_prefix_caching:
             return []

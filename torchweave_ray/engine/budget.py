@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torchweave_ray.config import SchedulerConfig, StepCost
 
 DECODE_SLOWDOWN = 4.0
@@ -13,6 +15,33 @@ PROMPT_STEPS = 12.0
 full speed, short enough for a small request that arrives meanwhile."""
 
 
+def work_ms(cost: StepCost, start: int, num_tokens: int) -> float:
+    """Predicted for these positions of one sequence, without the step around them."""
+    return cost.b * num_tokens + cost.c * num_tokens * (start + num_tokens / 2)
+
+
+def prompt_tokens_per_s(config: SchedulerConfig, decode_lens: Iterable[int]) -> float | None:
+    """Predicted for prompts beside decodes at these positions; None: costs are not known."""
+    cost = config.step_cost
+    if cost is None:
+        return None
+    budget = StepBudget(config, min_chunk=1)
+    for start in decode_lens:
+        budget.take_decode(start)
+    size = budget.chunk(0, config.max_num_batched_tokens)
+    budget.take_chunk(0, size)
+    return 1e3 * size / budget.ms
+
+
+def least_prefill_s(config: SchedulerConfig, start: int, num_tokens: int) -> float:
+    """Predicted for a prompt that has the engine to itself; 0: costs are not known."""
+    cost = config.step_cost
+    if cost is None or num_tokens <= 0:
+        return 0.0
+    num_steps = -(-num_tokens // config.max_num_batched_tokens)
+    return (num_steps * cost.a + work_ms(cost, start, num_tokens)) / 1e3
+
+
 class StepBudget:
     def __init__(self, config: SchedulerConfig, min_chunk: int) -> None:
         """`min_chunk`: tokens that the step's first prompt gets whatever the milliseconds say."""
@@ -22,6 +51,11 @@ class StepBudget:
         self._has_decodes = False
         self._tokens_left = config.max_num_batched_tokens
         self._min_chunk = min_chunk
+
+    @property
+    def ms(self) -> float:
+        """Predicted for the step as it is."""
+        return self._ms
 
     @property
     def is_spent(self) -> bool:
@@ -69,7 +103,4 @@ class StepBudget:
         return max(DECODE_SLOWDOWN * lone_ms, DECODE_SHARE * self._decode_ms)
 
     def _cost_of(self, start: int, num_tokens: int) -> float:
-        if self._cost is None:
-            return 0.0
-        token_context = num_tokens * (start + num_tokens / 2)
-        return self._cost.b * num_tokens + self._cost.c * token_context
+        return 0.0 if self._cost is None else work_ms(self._cost, start, num_tokens)

@@ -11,23 +11,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from torchweave_ray.config import CacheConfig, SchedulerConfig
+from torchweave_ray.engine.admission import Admission, refuse_impossible
 from torchweave_ray.engine.grammar import Constraints
 from torchweave_ray.engine.output_processor import OutputProcessor
 from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits, StepPlan
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, SequenceUpdate
 from torchweave_ray.errors import InvalidRequest
-from torchweave_ray.outputs import (
-    FinishReason,
-    GenerateRequest,
-    OutputKind,
-    RequestOutput,
-    Stats,
-)
+from torchweave_ray.outputs import FinishReason, GenerateRequest, RequestOutput, Stats
 from torchweave_ray.tokenizer import Detokenizer
 from torchweave_ray.tokenizer.grammar import GrammarCompiler
-
-MAX_CHOICES = 64
 
 
 class Engine:
@@ -38,14 +31,15 @@ class Engine:
         cache: CacheConfig,
         scheduler: SchedulerConfig,
         artifact_id: str = "",
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         grammars: GrammarCompiler | None = None,
     ) -> None:
-        """`clock` gives Unix seconds; without `grammars` a request with one is refused."""
+        """`clock` is that of deadlines; without `grammars` a request with one is refused."""
         self._runner = runner
         self._artifact_id = artifact_id
         self._clock = clock
         self._scheduler = Scheduler(cache, scheduler, runner.limits, clock)
+        self.admission = Admission(self._scheduler, runner.limits)
         self._outputs = OutputProcessor(detokenizer, self._scheduler, clock)
         self._constraints = Constraints(grammars, runner.limits)
         self._states: dict[str, RequestState] = {}
@@ -69,10 +63,6 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._ready)
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        return self._scheduler.num_waiting_tokens
-
     def update_scheduler_config(self, config: SchedulerConfig) -> None:
         """Change limits between steps; what runs already is not cut short."""
         self._scheduler.config = config
@@ -86,36 +76,22 @@ class Engine:
 
         Compiles a grammar that is new, which takes a while. Raises InvalidRequest naming the field.
         """
-        limits = self.limits
-        if request.artifact_id and request.artifact_id != self._artifact_id:
-            raise InvalidRequest(
-                f"this replica serves artifact {self._artifact_id}, not {request.artifact_id}",
-                "artifact_id",
-            )
-        if not 1 <= request.n <= MAX_CHOICES:
-            raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", "n")
-        request.sampling.validate(limits.vocab_size)
-        self._check_length(request)
-        is_pooled = request.output_kind is OutputKind.POOLED
-        if request.n > 1 and (request.exclusive or is_pooled or request.output_token_ids):
-            raise InvalidRequest("n must be 1 for an exclusive, resumed or pooled request", "n")
-        for name in ("prompt_token_ids", "output_token_ids"):
-            for token_id in getattr(request, name):
-                if not 0 <= token_id < limits.vocab_size:
-                    raise InvalidRequest(
-                        f"token id {token_id} is outside the vocabulary of {limits.vocab_size}",
-                        name,
-                    )
+        refuse_impossible(request, self.limits, self._artifact_id)
         self._constraints.check(request)
 
-    def add(self, request: GenerateRequest) -> None:
-        """Queue a request; raises RequestError when it is refused."""
+    def add(self, request: GenerateRequest, is_bounded: bool = False) -> None:
+        """Queue a request; raises RequestError when it is refused.
+
+        `is_bounded`: Overloaded when the backlog would grow beyond max_waiting_tokens.
+        """
         self.check(request)
         if request.request_id in self._states:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
         # Hashes cover the artifact, so that blocks of two models can never be taken for each other.
         request = replace(request, artifact_id=self._artifact_id)
         state = RequestState(request, self._clock())
+        if is_bounded:
+            self.admission.check_backlog(state)
         self._states[request.request_id] = state
         self._num_prompt_tokens += len(request.prompt_token_ids)
         self._constraints.open(state)
@@ -136,7 +112,8 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Advance by one step; the outputs of the oldest step in flight, if its turn has come."""
-        self._expire()
+        started_at = self._clock()
+        self._expire(started_at)
         plan = self._scheduler.schedule()
         for seq_id in self._scheduler.released:
             self._runner.release(seq_id)
@@ -150,6 +127,7 @@ class Engine:
             updates = self._scheduler.update(self._pending.popleft().result())
             self._num_generated_tokens += sum(len(update.token_ids) for update in updates)
             self._emit(self._outputs.process(updates))
+        self.admission.note_step(self._clock() - started_at, plan)
         ready, self._ready = self._ready, []
         return ready
 
@@ -180,22 +158,6 @@ class Engine:
     def close(self) -> None:
         self._runner.close()
 
-    def _check_length(self, request: GenerateRequest) -> None:
-        num_prompt, longest = len(request.prompt_token_ids), self.limits.max_model_len
-        if not num_prompt:
-            raise InvalidRequest("the prompt is empty", "prompt")
-        if request.output_kind is OutputKind.POOLED:
-            needed = num_prompt
-        else:
-            needed = num_prompt + (request.sampling.max_tokens or 1)
-        if needed > longest:
-            raise InvalidRequest(
-                f"the context length is {longest} tokens, but the prompt has {num_prompt} "
-                f"and {needed - num_prompt} more were asked for",
-                "max_tokens" if num_prompt < longest else "prompt",
-                "context_length_exceeded",
-            )
-
     def _constrained(self, plan: StepPlan) -> StepPlan:
         """The plan with its bitmask; a sequence whose grammar cannot go on ends here."""
         plan, failed = self._constraints.apply(plan)
@@ -204,15 +166,12 @@ class Engine:
             self._emit(self._outputs.process([SequenceUpdate(seq)]))
         return plan
 
-    def _expire(self) -> None:
-        now = self._clock()
-        late = [
-            request_id
-            for request_id, state in self._states.items()
-            if state.request.deadline is not None and state.request.deadline <= now
-        ]
-        for request_id in late:
-            self._end(request_id, FinishReason.ERROR, "the deadline passed")
+    def _expire(self, now: float) -> None:
+        timed = [state for state in self._states.values() if state.request.deadline is not None]
+        for state in timed:
+            why = self.admission.lateness(state, now)
+            if why is not None:
+                self._end(state.request.request_id, FinishReason.ERROR, why)
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None) -> None:
         state = self._states.get(request_id)

@@ -41,7 +41,7 @@ class Scheduler:
         limits: RuntimeLimits,
         clock: Callable[[], float],
     ) -> None:
-        """`clock` gives Unix seconds."""
+        """`clock` gives seconds."""
         self.config = config
         """May be replaced between steps: limits that change in place."""
         self.blocks = BlockManager(
@@ -49,16 +49,15 @@ class Scheduler:
         )
         self.num_steps = 0
         """Steps scheduled so far; the last one's number."""
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_hit_tokens = 0
         self.num_query_tokens = 0
         """Prompt tokens that were looked up in the prefix cache."""
-        self.num_hit_tokens = 0
         self.released: list[int] = []
         """seq_ids that the runner may forget; the engine empties it."""
         self._limits = limits
         self._clock = clock
-        self._running: list[Sequence] = []
-        self._waiting = WaitingQueue(config.ageing_tokens_per_step)
+        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue(config.ageing_tokens_per_step)
         self._exclusive: deque[Sequence] = deque()  # only the first may be running
         self._last_was_exclusive = False
         self._steps: deque[tuple[int, list[ScheduledItem]]] = deque()  # submitted, no result yet
@@ -68,20 +67,21 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._waiting_exclusive())
+        return len(self.waiting) + len(self._waiting_exclusive())
 
     @property
     def num_waiting_tokens(self) -> int:
-        exclusive = sum(s.num_remaining_tokens for s in self._waiting_exclusive())
-        return self._waiting.num_tokens + exclusive
+        """The backlog: tokens that prompts, waiting or begun, still have to compute."""
+        others = [*self.running, *self._waiting_exclusive()]
+        return self.waiting.num_tokens + sum(seq.num_missing_tokens for seq in others)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting or self._exclusive or self._steps)
+        return bool(self.running or self.waiting or self._exclusive or self._steps)
 
     def add(self, state: RequestState, fork_source: Sequence | None = None) -> Sequence:
         """Queue the next choice of a request."""
@@ -120,12 +120,12 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Every invariant of queues and blocks; property tests call it after each step."""
-        self._waiting.check_integrity()
-        for seq in self._running:
+        self.waiting.check_integrity()
+        for seq in self.running:
             assert seq.num_computed_tokens <= len(seq.token_ids)
             assert len(seq.block_table) * self._limits.block_size >= seq.num_computed_tokens
-        assert len(self._running) <= self.config.max_num_seqs
-        self.blocks.check_integrity(self._running)
+        assert len(self.running) <= self.config.max_num_seqs
+        self.blocks.check_integrity(self.running)
 
     # One step.
 
@@ -194,15 +194,15 @@ class Scheduler:
     # Inside a step.
 
     def _schedule_batch(self, step: StepBuilder) -> None:
-        batch = [s for s in self._running if not s.state.request.exclusive]
+        batch = [s for s in self.running if not s.state.request.exclusive]
         decodes = [s for s in batch if s.num_remaining_tokens == 1 and not s.is_full]
         for seq in sorted(decodes, key=lambda s: s.seniority):
             if seq.status is SequenceStatus.RUNNING:  # else preempted by one before it
                 self._schedule_chunk(seq, step)
-        key = self._waiting.queue_key
+        key = self.waiting.queue_key
         prompts = [s for s in batch if not s.is_waiting and s.num_remaining_tokens > 1]
         is_admitting = True
-        for seq in heapq.merge(sorted(prompts, key=key), list(self._waiting), key=key):
+        for seq in heapq.merge(sorted(prompts, key=key), list(self.waiting), key=key):
             if step.budget.is_spent:
                 return
             if seq.status is SequenceStatus.RUNNING:
@@ -221,18 +221,18 @@ class Scheduler:
         """Let a waiting sequence in, or return False: then none behind it is tried either."""
         if seq.has_token_in_flight:
             return True  # preempted a moment ago; its last token is not known yet
-        if len(self._running) >= self.config.max_num_seqs:
+        if len(self.running) >= self.config.max_num_seqs:
             return False
         shared, partial = self.blocks.shared_prefix(seq)
         needed = self.blocks.num_blocks_taken(shared, len(seq.token_ids))
-        if needed > self.blocks.num_admissible_blocks(self._running):
+        if needed > self.blocks.num_admissible_blocks(self.running):
             return False
         start = len(shared) * self._limits.block_size
         if not step.budget.chunk(start, len(seq.token_ids) - start):
             return False
         self._leave_queue(seq)
         seq.status = SequenceStatus.RUNNING
-        self._running.append(seq)
+        self.running.append(seq)
         self.blocks.share(seq, shared)
         if partial is not None:
             step.copies.append((partial, self.blocks.copy_partial(seq)))
@@ -262,7 +262,7 @@ class Scheduler:
             missing = self.blocks.num_blocks_for(num_tokens) - len(seq.block_table)
             if self.blocks.num_free_blocks + self.blocks.num_fenced_blocks >= missing:
                 return False  # they come free when the step in flight is done
-            victims = [s for s in self._running if s.seq_id not in step.seq_ids]
+            victims = [s for s in self.running if s.seq_id not in step.seq_ids]
             victim = max(victims, key=lambda s: s.seniority)
             if victim is seq and seq.num_remaining_tokens > 1:
                 return False  # a prompt keeps what it has and waits for its seniors
@@ -272,7 +272,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+        self.running.remove(seq)
         self._release(seq)
         seq.status = SequenceStatus.WAITING
         seq.epoch += 1
@@ -286,15 +286,15 @@ class Scheduler:
 
     def _enqueue(self, seq: Sequence) -> None:
         if not seq.state.request.exclusive:
-            self._waiting.add(seq)
+            self.waiting.add(seq, self.blocks.num_shared_tokens(seq))
         elif seq not in self._exclusive:
             self._exclusive.append(seq)
 
     def _leave_queue(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
-            self._running.remove(seq)
+            self.running.remove(seq)
         elif not seq.state.request.exclusive:
-            self._waiting.remove(seq)
+            self.waiting.remove(seq)
 
     def _waiting_exclusive(self) -> list[Sequence]:
         return [s for s in list(self._exclusive) if s.status is SequenceStatus.WAITING]

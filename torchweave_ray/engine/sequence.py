@@ -92,6 +92,7 @@ class Sequence:
         "max_total_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_shared_tokens",
         "num_submitted_tokens",
         "root_hash",
         "seq_id",
@@ -121,6 +122,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_submitted_tokens = 0
         """Of the computed ones, those of steps submitted already: a block copy may read them."""
+        self.num_shared_tokens = 0
+        """Of a waiting one: what `BlockManager.shared_prefix` had for it when last asked."""
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""
@@ -146,6 +149,12 @@ class Sequence:
     def num_remaining_tokens(self) -> int:
         """Tokens whose KV is still to be computed; 1: a decode."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """What the backlog counts: a prompt's remaining tokens that nobody has computed."""
+        missing = self.num_remaining_tokens - self.num_shared_tokens
+        return missing if missing > 1 else 0
 
     @property
     def num_output_tokens(self) -> int:

@@ -14,7 +14,9 @@ QueueKey = tuple[int, float, float, int]
 class WaitingQueue:
     def __init__(self, ageing_tokens_per_step: int) -> None:
         self.num_tokens = 0
-        """Tokens that the waiting sequences still have to compute."""
+        """Tokens that the waiting sequences still have to compute, as far as is known."""
+        self.num_remaining_tokens = 0
+        """The same if the prefix cache had nothing."""
         self._ageing = ageing_tokens_per_step
         self._sequences: list[Sequence] = []
 
@@ -28,15 +30,25 @@ class WaitingQueue:
         aged = seq.num_remaining_tokens + self._ageing * seq.arrival_step
         return (-request.priority, aged, request.deadline or math.inf, seq.seq_id)
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: Sequence, num_shared_tokens: int) -> None:
+        seq.num_shared_tokens = num_shared_tokens
         bisect.insort(self._sequences, seq, key=self.queue_key)
-        self.num_tokens += seq.num_remaining_tokens
+        self.num_tokens += seq.num_missing_tokens
+        self.num_remaining_tokens += seq.num_remaining_tokens
 
     def remove(self, seq: Sequence) -> None:
         index = bisect.bisect_left(self._sequences, self.queue_key(seq), key=self.queue_key)
         assert self._sequences[index] is seq
         del self._sequences[index]
-        self.num_tokens -= seq.num_remaining_tokens
+        self.num_tokens -= seq.num_missing_tokens
+        self.num_remaining_tokens -= seq.num_remaining_tokens
+        seq.num_shared_tokens = 0
+
+    def note_shared(self, seq: Sequence, num_tokens: int) -> None:
+        """So many tokens of it need not be computed, as things are."""
+        self.num_tokens -= seq.num_missing_tokens
+        seq.num_shared_tokens = num_tokens
+        self.num_tokens += seq.num_missing_tokens
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
@@ -45,6 +57,7 @@ class WaitingQueue:
         return len(self._sequences)
 
     def check_integrity(self) -> None:
-        assert self.num_tokens == sum(seq.num_remaining_tokens for seq in self)
+        assert self.num_tokens == sum(seq.num_missing_tokens for seq in self)
+        assert self.num_remaining_tokens == sum(seq.num_remaining_tokens for seq in self)
         for seq in self:
             assert not seq.block_table, f"sequence {seq.seq_id} waits with blocks"

@@ -47,8 +47,7 @@ class MessageWriter:
         text = self._shown(self._blocks.feed(self._parser.finish()))
         text += self._shown(self._blocks.close())
         if self._progress.failure is not None:
-            failed = RequestError(self._progress.failure, None, "generation_failed")
-            return text.encode() + self.error(failed)
+            return text.encode() + self.error(self._progress.failure)
         reason, sequence = stop_reason_of(*self._finish, self._parser)
         text += _event(
             "message_delta",

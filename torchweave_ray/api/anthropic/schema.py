@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from torchweave_ray.api.schema import Body
+from torchweave_ray.api.schema import Body, DeadlineFields
 
 _CACHE: Any = Field(None, description="accepted: prefixes are cached anyway")
 
@@ -86,7 +86,7 @@ class CountBody(Body):
     )
 
 
-class MessagesBody(CountBody):
+class MessagesBody(CountBody, DeadlineFields):
     max_tokens: int = Field(description="most tokens to generate")
     stop_sequences: list[str] | None = Field(None, description="up to 16")
     stream: bool | None = None

@@ -92,7 +92,7 @@ class _TextWriter:
 
     def end(self) -> bytes:
         if self._progress.failure is not None:
-            return self.error(RequestError(self._progress.failure, None, "generation_failed"))
+            return self.error(self._progress.failure)
         done = {
             "finish_reason": self._finish_reason,
             "stop_reason": self._stop_reason,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from torchweave_ray.api.grammar import GrammarFields
-from torchweave_ray.api.schema import SamplingFields
+from torchweave_ray.api.schema import DeadlineFields, SamplingFields
 
 
-class GenerateBody(SamplingFields, GrammarFields):
+class GenerateBody(SamplingFields, GrammarFields, DeadlineFields):
     prompt: str | list[int] = Field(description="text, or token ids")
     model: str | None = Field(None, description="the default model when it is left out")
     max_new_tokens: int | None = Field(None, description="at least 1")

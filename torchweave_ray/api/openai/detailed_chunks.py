@@ -109,8 +109,7 @@ class DetailedWriter:
             }
             last = f"data: {_compact(closing)}\n\n".encode()
         if self._progress.failure is not None:
-            failed = RequestError(self._progress.failure, None, "generation_failed")
-            return last + self.error(failed)
+            return last + self.error(self._progress.failure)
         return last + DONE
 
     def error(self, error: RequestError) -> bytes:

@@ -16,15 +16,15 @@ from starlette.types import ASGIApp
 from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.generation import Progress, generate
 from torchweave_ray.api.openai.schema import check_texts
-from torchweave_ray.api.schema import Body, parse
+from torchweave_ray.api.schema import DeadlineFields, parse
 from torchweave_ray.api.service import Model, Service
-from torchweave_ray.errors import InvalidRequest, RequestError
+from torchweave_ray.errors import InvalidRequest
 from torchweave_ray.outputs import GenerateRequest, OutputKind, Pooling
 
 MAX_INPUTS = 2048
 
 
-class EmbeddingsBody(Body):
+class EmbeddingsBody(DeadlineFields):
     input: str | list[str] | list[int] | list[list[int]] = Field(
         description="one or several texts, as text or token ids"
     )
@@ -57,7 +57,7 @@ class EmbeddingsApi:
             if output.pooled is not None:
                 vectors[index] = output.pooled
         if progress.failure is not None:
-            raise RequestError(progress.failure, None, "generation_failed")
+            raise progress.failure
         data = [
             {"object": "embedding", "index": index, "embedding": _shown(body, vector or ())}
             for index, vector in enumerate(vectors)

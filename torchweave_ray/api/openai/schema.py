@@ -14,7 +14,7 @@ from torchweave_ray.api.openai.schema_messages import (
     ToolChoice,
     without_nulls,
 )
-from torchweave_ray.api.schema import MAX_CHOICES, Body, SamplingFields
+from torchweave_ray.api.schema import MAX_CHOICES, Body, DeadlineFields, SamplingFields
 
 _NOISE = frozenset(
     {
@@ -54,7 +54,7 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class OpenAIBody(SamplingFields, GrammarFields):
+class OpenAIBody(SamplingFields, GrammarFields, DeadlineFields):
     model: str | None = Field(None, description="the default model when it is left out")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="choices of each prompt")
     stream: bool | None = None

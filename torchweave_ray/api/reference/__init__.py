@@ -14,6 +14,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from torchweave_ray.api.endpoint import MAX_DEADLINE_MS
+
 VERSION = "1"
 _PAGE = Path(__file__).with_name("page.html")
 _ERROR = {
@@ -32,6 +34,12 @@ _ERROR = {
     },
     "required": ["error"],
 }
+_DEADLINE = {
+    "name": "x-deadline-ms",
+    "in": "header",
+    "description": "the whole answer within so many milliseconds",
+    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
+}
 _STATUSES = {
     400: "a field is wrong, unknown or not supported",
     404: "no such model or request",
@@ -39,7 +47,7 @@ _STATUSES = {
     429: "the backlog is full; Retry-After says when to come again",
     500: "a fault of the server, or the generation failed",
     503: "no replica can answer now",
-    504: "the request's deadline passed",
+    504: "the request's deadline passed, or cannot be met",
 }
 
 
@@ -106,6 +114,7 @@ def _described(operation: Operation, path: str) -> dict[str, Any]:
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
         content = {"application/json": {"schema": schema}}
         described["requestBody"] = {"required": True, "content": content}
+        described["parameters"] = [_DEADLINE]
     if (start := path.find("{")) >= 0:
         name = path[start + 1 : path.index("}")]
         parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}

@@ -47,8 +47,7 @@ class ResponseWriter:
         text = self._shown(self._blocks.feed(self._parser.finish()))
         text += self._shown(self._blocks.close())
         if self._progress.failure is not None:
-            failed = RequestError(self._progress.failure, None, "generation_failed")
-            return text.encode() + self.error(failed)
+            return text.encode() + self.error(self._progress.failure)
         response = self._shape.closed(self._blocks.all, self._reason, self._progress)
         kind = "completed" if response["status"] == "completed" else "incomplete"
         return (text + self._event(f"response.{kind}", response=response)).encode()

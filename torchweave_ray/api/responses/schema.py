@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from torchweave_ray.api.grammar import Wanted
 from torchweave_ray.api.openai.schema_messages import MAX_TOOLS, json_object
-from torchweave_ray.api.schema import Body, SamplingFields
+from torchweave_ray.api.schema import Body, DeadlineFields, SamplingFields
 from torchweave_ray.errors import InvalidRequest
 from torchweave_ray.tokenizer.grammar import json_spec
 
@@ -111,7 +111,7 @@ class TextOptions(Body):
     verbosity: None = None
 
 
-class ResponsesBody(SamplingFields):
+class ResponsesBody(SamplingFields, DeadlineFields):
     input: str | list[InputItem] = Field(description="a text, or the items so far")
     model: str | None = Field(None, description="the default model when it is left out")
     instructions: str | None = Field(None, description="the system message")

@@ -1,0 +1,150 @@
+"""What may join the queue, when to come again, and who can no longer make it in time.
+
+Counts the backlog exactly, in tokens that prompts still have to compute. Decides nothing of who
+runs, and ends nothing itself.
+"""
+
+from __future__ import annotations
+
+from torchweave_ray.engine.budget import least_prefill_s, prompt_tokens_per_s
+from torchweave_ray.engine.meter import PromptPace
+from torchweave_ray.engine.plan import RuntimeLimits, StepPlan
+from torchweave_ray.engine.scheduler import Scheduler
+from torchweave_ray.engine.sequence import RequestState, Sequence
+from torchweave_ray.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from torchweave_ray.outputs import GenerateRequest, Late, OutputKind, RequestOutput
+
+MAX_CHOICES = 64
+PREDICTION_MARGIN = 0.8
+"""A prompt is given up only if this share of its predicted time is still too long."""
+
+
+def refuse_impossible(request: GenerateRequest, limits: RuntimeLimits, artifact_id: str) -> None:
+    """Raises InvalidRequest naming the field, for what can never be served."""
+    if request.artifact_id and request.artifact_id != artifact_id:
+        raise InvalidRequest(
+            f"this replica serves artifact {artifact_id}, not {request.artifact_id}",
+            "artifact_id",
+        )
+    if not 1 <= request.n <= MAX_CHOICES:
+        raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", "n")
+    request.sampling.validate(limits.vocab_size)
+    _check_length(request, limits.max_model_len)
+    is_pooled = request.output_kind is OutputKind.POOLED
+    if request.n > 1 and (request.exclusive or is_pooled or request.output_token_ids):
+        raise InvalidRequest("n must be 1 for an exclusive, resumed or pooled request", "n")
+    for name in ("prompt_token_ids", "output_token_ids"):
+        for token_id in getattr(request, name):
+            if not 0 <= token_id < limits.vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id} is outside the vocabulary of {limits.vocab_size}",
+                    name,
+                )
+
+
+def _check_length(request: GenerateRequest, longest: int) -> None:
+    num_prompt = len(request.prompt_token_ids)
+    if not num_prompt:
+        raise InvalidRequest("the prompt is empty", "prompt")
+    if request.output_kind is OutputKind.POOLED:
+        needed = num_prompt
+    else:
+        needed = num_prompt + (request.sampling.max_tokens or 1)
+    if needed > longest:
+        raise InvalidRequest(
+            f"the context length is {longest} tokens, but the prompt has {num_prompt} "
+            f"and {needed - num_prompt} more were asked for",
+            "max_tokens" if num_prompt < longest else "prompt",
+            "context_length_exceeded",
+        )
+
+
+def refusal_of(output: RequestOutput) -> DeadlineExceeded | None:
+    """Instead of the last output of a request that never came to its first token in time."""
+    if output.usage is None or output.usage.completion_tokens:
+        return None
+    error = next((delta.error for delta in output.deltas if delta.error in set(Late)), None)
+    return None if error is None else DeadlineExceeded(error, None, "deadline_exceeded")
+
+
+class Admission:
+    def __init__(self, scheduler: Scheduler, limits: RuntimeLimits) -> None:
+        self._scheduler = scheduler
+        self._limits = limits
+        self._pace = PromptPace()
+        self._hits_are_fresh = False
+
+    @property
+    def prompt_tokens_per_s(self) -> float | None:
+        """Measured, or predicted until enough is; None: nothing is known."""
+        scheduler = self._scheduler
+        decodes = [s.num_computed_tokens for s in scheduler.running if s.num_remaining_tokens == 1]
+        measured = self._pace.tokens_per_s
+        return measured or prompt_tokens_per_s(scheduler.config, decodes)
+
+    def backlog(self) -> int:
+        """Tokens that prompts still have to compute, counted anew with what the cache has now."""
+        if not self._hits_are_fresh:
+            self._hits_are_fresh = True  # what the cache has changes in steps only
+            waiting, blocks = self._scheduler.waiting, self._scheduler.blocks
+            for seq in waiting:
+                waiting.note_shared(seq, blocks.num_shared_tokens(seq))
+        return self._scheduler.num_waiting_tokens
+
+    def check_backlog(self, state: RequestState) -> None:
+        """Raises Overloaded when a new request would take the backlog over its limit.
+
+        An empty backlog takes any request. The cache is asked only when it could matter.
+        """
+        scheduler = self._scheduler
+        limit = scheduler.config.max_waiting_tokens
+        probe = Sequence(-1, state, 0, 0, scheduler.num_steps)
+        known_hits = scheduler.waiting.num_remaining_tokens - scheduler.waiting.num_tokens
+        most = scheduler.num_waiting_tokens + known_hits + probe.num_remaining_tokens
+        if most <= limit:
+            return
+        probe.num_shared_tokens = scheduler.blocks.num_shared_tokens(probe)
+        backlog, wanted = self.backlog(), probe.num_missing_tokens
+        if backlog and wanted and backlog + wanted > limit:
+            raise Overloaded(
+                f"{backlog} prompt tokens are waiting, this request adds {wanted}, "
+                f"and the limit is {limit}",
+                None,
+                "queue_full",
+                self._seconds_for(min(backlog, backlog + wanted - limit)),
+            )
+
+    def note_step(self, seconds: float, plan: StepPlan | None) -> None:
+        """One step of the engine took so long."""
+        self._hits_are_fresh = False
+        if plan is not None:
+            chunks = (entry.num_tokens for entry in plan.sequences if entry.num_tokens > 1)
+            self._pace.note(seconds, sum(chunks))
+
+    def lateness(self, state: RequestState, now: float) -> Late | None:
+        """Whether a request's deadline has passed, or will have when its prompt is computed."""
+        deadline = state.request.deadline
+        if deadline is None:
+            return None
+        if deadline <= now:
+            return Late.PASSED
+        if state.first_token_s is not None:
+            return None
+        first, left_s = state.sequences[0], deadline - now
+        if self._least_prefill_s(first) <= left_s:
+            return None
+        self.backlog()  # the cache may have more of it by now
+        return Late.HOPELESS if self._least_prefill_s(first) > left_s else None
+
+    def _least_prefill_s(self, seq: Sequence) -> float:
+        """Optimistic: alone, and with what a step in flight computes for another taken as done."""
+        config = self._scheduler.config
+        in_flight = self._limits.step_depth * config.max_num_batched_tokens
+        start = seq.num_computed_tokens + seq.num_shared_tokens
+        num_tokens = seq.num_missing_tokens - in_flight
+        return PREDICTION_MARGIN * least_prefill_s(config, start, num_tokens)
+
+    def _seconds_for(self, num_tokens: int) -> float:
+        """Until so many tokens of the backlog are computed; at least 1."""
+        rate = self.prompt_tokens_per_s
+        return max(1.0, num_tokens / rate) if rate else 1.0
