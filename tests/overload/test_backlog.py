@@ -53,7 +53,7 @@ def recount(engine: Engine) -> int:
                 left -= seq.num_prompt_tokens - 1
             else:
                 left -= cached_tokens(engine, request, seq.token_ids)
-        total += left if left > 1 else 0
+        total += left if left > 1 or seq.is_waiting else 0
     return total
 
 
@@ -62,7 +62,7 @@ def wanted_by(engine: Engine, request: GenerateRequest) -> int:
     left = len(token_ids)
     if request.output_kind is OutputKind.TOKENS or len(request.prompt_token_ids) == 1:
         left -= cached_tokens(engine, request, token_ids)
-    return left if left > 1 else 0
+    return left
 
 
 class BoundedWorkload(Workload):
@@ -92,7 +92,7 @@ class BoundedWorkload(Workload):
 
     def offer(self, request: GenerateRequest) -> None:
         backlog, wanted = recount(self.engine), wanted_by(self.engine, request)
-        must_refuse = bool(backlog and wanted) and backlog + wanted > self.limit
+        must_refuse = backlog > 0 and backlog + wanted > self.limit
         self.num_refused += must_refuse
         counts = f"{backlog} prompt tokens are waiting, this request adds {wanted}"
         refused = pytest.raises(Overloaded, match=counts)
@@ -149,8 +149,18 @@ def test_a_prompt_that_is_being_computed_counts_with_what_is_left_of_it() -> Non
         engine.step()
         assert engine.stats().num_waiting_tokens == 1000 - done
     engine.step()
-    assert engine.stats().num_waiting_tokens == 0, "its forks have nothing left to compute"
+    assert engine.stats().num_waiting_tokens == 3, "its last token, for each choice that forks"
     run(engine)
+
+
+def test_prompts_that_are_cached_whole_are_bounded_too() -> None:
+    engine, _ = make_engine(max_num_seqs=1, max_waiting_tokens=10)
+    engine.add(make_request("occupant", 1, max_tokens=500), is_bounded=True)
+    engine.step()
+    for i in range(10):
+        engine.add(make_request(f"r{i}", 1), is_bounded=True)
+    with pytest.raises(Overloaded):
+        engine.add(make_request("one more", 1), is_bounded=True)
 
 
 def test_an_empty_backlog_takes_any_request() -> None:

@@ -168,6 +168,7 @@ def test_bad_requests_name_the_field(served: Served) -> None:
         ({"prompt": "x" * 3000}, 400, "prompt"),
         ({"prompt": PROMPT, "model": "other"}, 404, "model"),
         ({"prompt": PROMPT, "temperature": -1}, 400, "temperature"),
+        ({"prompt": "x" * (10 << 20)}, 413, None),
     ):
         got, answer, _ = served.bus.post("/v1/completions", **body)
         assert (got, answer["error"]["param"]) == (status, param)

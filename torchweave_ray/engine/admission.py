@@ -85,7 +85,7 @@ class Admission:
     def backlog(self) -> int:
         """Tokens that prompts still have to compute, counted anew with what the cache has now."""
         if not self._hits_are_fresh:
-            self._hits_are_fresh = True  # what the cache has changes in steps only
+            self._hits_are_fresh = True
             waiting, blocks = self._scheduler.waiting, self._scheduler.blocks
             for seq in waiting:
                 waiting.note_shared(seq, blocks.num_shared_tokens(seq))
@@ -105,7 +105,7 @@ class Admission:
             return
         probe.num_shared_tokens = scheduler.blocks.num_shared_tokens(probe)
         backlog, wanted = self.backlog(), probe.num_missing_tokens
-        if backlog and wanted and backlog + wanted > limit:
+        if backlog and backlog + wanted > limit:
             raise Overloaded(
                 f"{backlog} prompt tokens are waiting, this request adds {wanted}, "
                 f"and the limit is {limit}",
@@ -114,9 +114,13 @@ class Admission:
                 self._seconds_for(min(backlog, backlog + wanted - limit)),
             )
 
+    def forget_hits(self) -> None:
+        """What is shared has changed, as it does in every step; see `backlog`."""
+        self._hits_are_fresh = False
+
     def note_step(self, seconds: float, plan: StepPlan | None) -> None:
         """One step of the engine took so long."""
-        self._hits_are_fresh = False
+        self.forget_hits()
         if plan is not None:
             chunks = (entry.num_tokens for entry in plan.sequences if entry.num_tokens > 1)
             self._pace.note(seconds, sum(chunks))

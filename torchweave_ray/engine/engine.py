@@ -178,6 +178,7 @@ class Engine:
         if state is None:
             return
         alive = [seq for seq in state.sequences if not seq.is_finished]
+        self.admission.forget_hits()  # a fork may have lost what it was made from
         for seq in alive:
             self._scheduler.finish(seq, reason, error=error)
         self._emit(self._outputs.process(SequenceUpdate(seq) for seq in alive))

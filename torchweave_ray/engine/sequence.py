@@ -152,9 +152,9 @@ class Sequence:
 
     @property
     def num_missing_tokens(self) -> int:
-        """What the backlog counts: a prompt's remaining tokens that nobody has computed."""
+        """What the backlog counts: at least one token while it waits, none once it decodes."""
         missing = self.num_remaining_tokens - self.num_shared_tokens
-        return missing if missing > 1 else 0
+        return missing if missing > 1 or self.is_waiting else 0
 
     @property
     def num_output_tokens(self) -> int:
