@@ -94,14 +94,15 @@ class Admission:
     def check_backlog(self, state: RequestState) -> None:
         """Raises Overloaded when a new request would take the backlog over its limit.
 
-        An empty backlog takes any request. The cache is asked only when it could matter.
+        An empty backlog takes any request, and a stream that goes on here was taken elsewhere
+        already. The cache is asked only when it could matter.
         """
         scheduler = self._scheduler
         limit = scheduler.config.max_waiting_tokens
         probe = Sequence(-1, state, 0, 0, scheduler.num_steps)
         known_hits = scheduler.waiting.num_remaining_tokens - scheduler.waiting.num_tokens
         most = scheduler.num_waiting_tokens + known_hits + probe.num_remaining_tokens
-        if most <= limit:
+        if most <= limit or state.request.output_token_ids:
             return
         probe.num_shared_tokens = scheduler.blocks.num_shared_tokens(probe)
         backlog, wanted = self.backlog(), probe.num_missing_tokens
