@@ -72,7 +72,7 @@ def test_a_whole_answer_that_is_late_is_504(api: Api, path: str, at: int) -> Non
     api.backend.script = Script(gates={at: asyncio.Event()})
     if path == "/v1/embeddings":  # which asks for one output, that waits for no gate
         api.backend.generate = _never(api)  # type: ignore[method-assign]
-    response = api.post(path, BODIES[path], headers={"x-deadline-ms": "30"})
+    response = api.post(path, BODIES[path], headers={"x-deadline-ms": "250"})
     assert response.status_code == 504
     assert "the deadline passed" in response.text
     assert "x-request-id" in response.headers
@@ -100,7 +100,7 @@ def _streamed(path: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", STREAMS)
 def test_a_stream_that_has_begun_ends_with_an_error_event(api: Api, path: str) -> None:
     api.backend.script = Script(gates={1: asyncio.Event()})
-    response = api.post(path, _streamed(path) | {"deadline_ms": 60})
+    response = api.post(path, _streamed(path) | {"deadline_ms": 500})
     assert response.status_code == 200
     assert "Gravity" in response.text
     assert "pulls" not in response.text
@@ -112,7 +112,7 @@ def test_a_stream_that_has_begun_ends_with_an_error_event(api: Api, path: str) -
 @pytest.mark.parametrize("path", STREAMS)
 def test_one_that_has_not_begun_is_a_real_504(api: Api, path: str) -> None:
     api.backend.script = Script(gates={0: asyncio.Event()})
-    response = api.post(path, _streamed(path), headers={"x-deadline-ms": "30"})
+    response = api.post(path, _streamed(path), headers={"x-deadline-ms": "250"})
     assert response.status_code == 504
     assert len(api.backend.aborted) == 1
 
