@@ -16,12 +16,12 @@ from deployments.args import AppArgs, ModelArgs
 from deployments.environment import apply_environment
 from deployments.ingress import Ingress, IngressConfig
 from deployments.log import log_through_serve
-from deployments.placement import Placement, place, probe_cluster
-from deployments.replica import ModelReplica, ReplicaConfig
+from deployments.placement import Placement, ReplicaConfig, place, probe_cluster
+from deployments.replica import ModelReplica
 from deployments.router import PrefixRouter
 
-LONGEST_STREAM_S = 600.0
-"""How long a replica that is told to stop waits for its streams."""
+INGRESS_MARGIN_S = 30.0
+"""An ingress outlives its replicas, to tell its clients how their streams ended."""
 MAX_ONGOING_REQUESTS = 10_000
 """Serve queues nothing: the engine has the only queue, and refuses by its exact backlog."""
 ROUTING_STATS_PERIOD_S = 1.0
@@ -45,13 +45,15 @@ def build(args: AppArgs) -> Application:
         model.name: _replica(model, placement, args)
         for model, placement in zip(args.models, placements, strict=True)
     }
+    config = IngressConfig(args.api_settings, args.ingress.bus, args.longest_stream_s)
     ingress = serve.deployment(Ingress).options(
         name="Ingress",
         num_replicas=args.ingress.num_replicas,
         ray_actor_options=_actor_options(args.ingress.num_cpus, 0),
-        **_options(),
+        max_surge_percent=100,  # it is small: a new one can start before the old one stops
+        **_options(args.longest_stream_s + INGRESS_MARGIN_S),
     )
-    return ingress.bind(IngressConfig(args.api_settings, args.ingress.bus), replicas)
+    return ingress.bind(config, replicas)
 
 
 def deployment_name(model: str) -> str:
@@ -70,7 +72,7 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
         ray_actor_options=_actor_options(placement.num_cpus, placement.num_gpus),
         max_constructor_retry_count=3,  # a bad artifact stays bad: say so soon
         **({"request_router_config": _router()} if model.router == "prefix" else {}),
-        **_options(),
+        **_options(args.longest_stream_s),
     )
     return deployment.bind(ReplicaConfig(model, placement, _absolute(args.artifact_dir)))
 
@@ -81,10 +83,10 @@ def _router() -> RequestRouterConfig:
     )
 
 
-def _options() -> dict[str, Any]:
+def _options(longest_stream_s: float) -> dict[str, Any]:
     return {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
-        "graceful_shutdown_timeout_s": LONGEST_STREAM_S,
+        "graceful_shutdown_timeout_s": longest_stream_s,
         "graceful_shutdown_wait_loop_s": 1.0,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 20.0,

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from torchweave_ray.api.settings import ApiSettings
-from torchweave_ray.config import EngineConfig, from_mapping
+from torchweave_ray.config import TUNABLE_LIMITS, EngineConfig, SchedulerConfig, from_mapping
 from torchweave_ray.errors import ConfigError, nearest
 
 DEFAULT_RECIPE = "smollm2-135m"
+LONGEST_STREAM_S = 600.0
 
 
 class StrictModel(BaseModel):
@@ -84,6 +85,21 @@ class ModelArgs(StrictModel):
         return self.id or source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".yaml")
 
 
+def limits_of(model: ModelArgs, user_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `user_config` changes; raises ConfigError for what cannot be, whatever the machine."""
+    for name in user_config:
+        if name not in TUNABLE_LIMITS:
+            raise ConfigError(f"user_config: unknown limit {name}{nearest(name, TUNABLE_LIMITS)}")
+    capacity = EngineConfig.from_dict(model.engine).scheduler
+    values = {**model.engine.get("scheduler", {}), **user_config}
+    changed = from_mapping(SchedulerConfig, values, "user_config")  # types, and how they fit
+    for name in user_config:
+        most, value = getattr(capacity, name), getattr(changed, name)
+        if most is not None and (value is None or value > most):
+            raise ConfigError(f"user_config: {name} = {value} exceeds the capacity of {most}")
+    return dict(user_config)
+
+
 class IngressArgs(StrictModel):
     num_replicas: int = Field(default=1, ge=1)
     """Keep it fixed: every change reloads HAProxy."""
@@ -97,6 +113,9 @@ class AppArgs(StrictModel):
     artifact_dir: str | None = None
     """Where staged artifacts are kept; None: the optimizer's own place."""
     ingress: IngressArgs = IngressArgs()
+    longest_stream_s: float = Field(default=LONGEST_STREAM_S, gt=0)
+    """How long replicas that are told to stop finish their streams; then those are moved to
+    another replica, or end."""
     api: dict[str, Any] = Field(default_factory=dict)
     """An `ApiSettings` as a mapping: defaults of requests and limits of an HTTP call."""
 

@@ -46,8 +46,17 @@ class Refused:
     replica: str
 
 
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A sign of life on a stream of items, the first one before all items."""
+
+    replica: str = ""
+    artifact_id: str = ""
+    numerics_id: str = ""
+
+
 CallResult: TypeAlias = Finished | BusFailed | EngineFailed | Refused | RequestError
-StreamItem: TypeAlias = RequestOutput | EngineFailed | Refused | RequestError
+StreamItem: TypeAlias = RequestOutput | Alive | EngineFailed | Refused | RequestError
 
 
 @dataclass(frozen=True, slots=True)

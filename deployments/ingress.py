@@ -19,10 +19,12 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 
 from deployments.backend.attempts import ModelClient
 from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
+from deployments.drain.gate import Gate, GatedApp
 from deployments.log import log_through_serve
 from torchweave_ray.api.app import create_app
 from torchweave_ray.api.endpoint import check_session_id
@@ -44,6 +46,8 @@ CHUNK_INTERVAL_S = 0.0015
 class IngressConfig:
     api: ApiSettings
     bus: bool
+    longest_stream_s: float
+    """How long Serve lets a replica that it stops finish its streams."""
 
 
 @serve.ingress()
@@ -57,19 +61,34 @@ class Ingress:
             await bus.start(_host())
         has_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
         self._backend = RayBackend(
-            {model: ModelClient(handle) for model, handle in models.items()},
+            {
+                model: ModelClient(handle, config.longest_stream_s)
+                for model, handle in models.items()
+            },
             bus,
             chunk_interval_s=0.0 if has_haproxy else CHUNK_INTERVAL_S,
         )
         self._tokenizers: dict[str, asyncio.Task[Tokenizer]] = {}
         self._service = Service(self._backend, self._load_tokenizer, config.api)
-        self._app = create_app(
-            self._backend, self._load_tokenizer, config.api, self._backend.check_health
-        )
+        self._gate = Gate()
+        self._app = create_app(self._backend, self._load_tokenizer, config.api, self._check_health)
+        self._app.user_middleware.append(Middleware(GatedApp, gate=self._gate))  # the innermost
+        self._watch = asyncio.create_task(self._backend.watch())
         self._warmups = [asyncio.create_task(self._warm(model)) for model in models]
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return self._app
+
+    async def drain(self) -> int:
+        """Refuse what comes from now on; returns how many requests are still open."""
+        if not self._gate.is_closed:
+            self._gate.is_closed = True
+            logger.info("[Drain] %d requests are open", self._gate.num_open)
+        return self._gate.num_open
+
+    async def _check_health(self) -> None:
+        self._gate.check()
+        await self._backend.check_health()
 
     async def generate(
         self,
@@ -111,9 +130,10 @@ class Ingress:
             (request,) = await self._service.constrain(served, wanted, [request])
         check_session_id(session_id, "session_id")
         request = replace(request, session_id=session_id, deadline=deadline)
-        async with aclosing(self._backend.generate(request)) as outputs:
-            async for output in outputs:
-                yield output
+        with self._gate.passing():
+            async with aclosing(self._backend.generate(request)) as outputs:
+                async for output in outputs:
+                    yield output
 
     async def _load_tokenizer(self, model: str) -> Tokenizer:
         """One for HTTP and Python; read again only when reading it failed."""

@@ -21,8 +21,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
 
-from deployments.app import LONGEST_STREAM_S, MODEL_REPLICA
-from deployments.args import DEFAULT_RECIPE, AppArgs
+from deployments.app import INGRESS_MARGIN_S, MODEL_REPLICA, deployment_name
+from deployments.args import DEFAULT_RECIPE, AppArgs, limits_of
+from deployments.drain.drain import drain
 from deployments.environment import apply_environment
 from deployments.log import log_through_serve
 from deployments.status import the_error_in
@@ -93,6 +94,10 @@ def _check(application: ServeApplicationSchema) -> None:
         for model in apply_environment(args, os.environ).models:
             if model.artifact is None:
                 check_recipe(model.recipe or DEFAULT_RECIPE)
+            for deployment in application.deployments:
+                if deployment.name == deployment_name(model.name):
+                    user_config = deployment.user_config
+                    limits_of(model, user_config if isinstance(user_config, dict) else {})
 
 
 class Launch:
@@ -204,10 +209,17 @@ class Launch:
                     yield name, described.startup_s
 
     def _drain(self) -> None:
-        names = list(serve.status().applications)
+        running = list(serve.status().applications)
+        ours = {
+            app.name: AppArgs.model_validate(app.args).longest_stream_s
+            for app in self._config.applications
+            if app.import_path == BUILDER
+        }
         self._say("[Serve] draining: open streams are finished first, a second signal ends them")
-        _get_global_client().delete_apps(names, blocking=False)
-        deadline = time.monotonic() + LONGEST_STREAM_S
+        longest_s = max(ours.values(), default=0.0)
+        deadline = time.monotonic() + longest_s + INGRESS_MARGIN_S
+        drain([name for name in ours if name in running], longest_s, self._say)
+        _get_global_client().delete_apps(running, blocking=False)
         while time.monotonic() < deadline and serve.status().applications:
             time.sleep(POLL_S)
 

@@ -8,12 +8,13 @@ divided by the replicas there.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 
 from deployments.args import AppArgs, ModelArgs
+from torchweave_ray.config import EngineConfig
 from torchweave_ray.kernels.machine import num_cores
 
 
@@ -85,3 +86,23 @@ def _cpu_share(free: float, replicas: int) -> float:
 def threads_of(model: ModelArgs, placement: Placement, cores: int) -> int:
     """CPU threads of a replica on a node where this process may use so many cores."""
     return model.threads or max(1, cores // placement.replicas_per_device)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    model: ModelArgs
+    placement: Placement
+    artifact_dir: str | None
+
+    def engine_config(self, cores: int) -> EngineConfig:
+        """What the operator wrote, with what follows from where this replica was placed."""
+        config = EngineConfig.from_dict(self.model.engine)
+        runner = replace(
+            config.runner,
+            device="cuda" if self.placement.num_gpus else "cpu",
+            threads=threads_of(self.model, self.placement, cores),
+        )
+        cache = config.cache
+        if "replicas_per_node" not in self.model.engine.get("cache", {}):
+            cache = replace(cache, replicas_per_node=self.placement.replicas_per_device)
+        return replace(config, runner=runner, cache=cache)

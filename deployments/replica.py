@@ -11,12 +11,14 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from deployments.args import DEFAULT_RECIPE, ModelArgs
+from deployments.args import DEFAULT_RECIPE, limits_of
+from deployments.beats import with_beats
 from deployments.bus.sender import BusError, BusSender
 from deployments.calls import (
+    Alive,
     BusFailed,
     CallResult,
     Description,
@@ -27,11 +29,11 @@ from deployments.calls import (
 )
 from deployments.cpu_policy import compute_at_once
 from deployments.log import log_start, log_through_serve
-from deployments.placement import Placement, threads_of
+from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
 from optimizer.task import ensure_staged
-from torchweave_ray.config import EngineConfig, SchedulerConfig, from_mapping
-from torchweave_ray.errors import EngineError, TorchWeaveError
+from torchweave_ray.config import EngineConfig
+from torchweave_ray.errors import ConfigError, EngineError, TorchWeaveError
 from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
 from torchweave_ray.tokenizer import load_tokenizer, read_tokenizer_files
@@ -40,26 +42,6 @@ if TYPE_CHECKING:
     from torchweave_ray.build import LoadedModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaConfig:
-    model: ModelArgs
-    placement: Placement
-    artifact_dir: str | None
-
-    def engine_config(self, cores: int) -> EngineConfig:
-        """What the operator wrote, with what follows from where this replica was placed."""
-        config = EngineConfig.from_dict(self.model.engine)
-        runner = replace(
-            config.runner,
-            device="cuda" if self.placement.num_gpus else "cpu",
-            threads=threads_of(self.model, self.placement, cores),
-        )
-        cache = config.cache
-        if "replicas_per_node" not in self.model.engine.get("cache", {}):
-            cache = replace(cache, replicas_per_node=self.placement.replicas_per_device)
-        return replace(config, runner=runner, cache=cache)
 
 
 class ModelReplica:
@@ -76,14 +58,17 @@ class ModelReplica:
         from torchweave_ray.engine.async_engine import AsyncEngine
 
         self._startup_s: dict[str, float] = {}
-        self._scheduler = config.model.engine.get("scheduler", {})
+        self._model = config.model
+        self._serves = False
+        """From the first check of its health on, which Serve makes before it sends requests."""
         # In threads: this loop answers Serve's own probes meanwhile.
         loaded = await asyncio.to_thread(self._load, config, engine_config)
         tokenizer = load_tokenizer(loaded.tokenizer_dir)
         self._info = loaded.info
         self._id = own_id()
         self._files = read_tokenizer_files(loaded.tokenizer_dir)
-        self._bus = BusSender(f"{loaded.info.id}:{os.getpid()}")
+        self._alive = Alive(self._id, loaded.info.artifact_id, loaded.info.numerics_id)
+        self._bus = BusSender(f"{loaded.info.id}:{os.getpid()}", self._alive)
         self._engine = AsyncEngine(
             build_engine(loaded, engine_config, tokenizer),
             loaded.info,
@@ -148,14 +133,18 @@ class ModelReplica:
         return how if isinstance(how, BusFailed) else as_value(how, self._id)
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[StreamItem]:
-        """Everything as items of this call."""
+        """Everything as items of this call, and signs of life between them."""
         try:
-            async for output in self._engine.generate(request):
-                yield output
+            async with aclosing(with_beats(self._engine.generate(request), self._alive)) as items:
+                async for item in items:
+                    yield item
         except TorchWeaveError as error:
             yield as_value(error, self._id)
         finally:
             self._engine.abort(request.request_id)  # the caller may have left
+
+    async def alive(self) -> Alive:
+        return self._alive
 
     async def stop(self, call_id: str) -> bool:
         """End the requests of a call, whichever ingress they came from; False: none is here."""
@@ -182,10 +171,19 @@ class ModelReplica:
     def check_health(self) -> None:
         """Called by Serve, which replaces this replica when it raises."""
         self._engine.check_health()
+        self._serves = True
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Limits within this replica's capacity, in place. Serve may call it twice."""
-        values = {**self._scheduler, **user_config}
-        from_mapping(SchedulerConfig, values, "user_config")  # keys, types and how they fit
-        self._engine.update_limits(**user_config)
+        """Limits within this replica's capacity, in place. Serve may call it twice.
+
+        Raises ConfigError before this replica serves; later a bad one changes nothing.
+        """
+        try:
+            self._engine.update_limits(**limits_of(self._model, user_config))
+        except ConfigError as error:
+            if not self._serves:
+                raise
+            # Serve would stop every replica that raises: a typo must not end what runs well.
+            logger.error("[Config] refused, limits stay as they were: %s", error)
+            return
         logger.info("[Config] limits: %s", dict(user_config) or "as started")

@@ -85,6 +85,10 @@ class SchedulerConfig:
             raise ConfigError(f"max_step_ms must be above 0, got {self.max_step_ms}")
 
 
+TUNABLE_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_step_ms", "max_waiting_tokens")
+"""Keys of a SchedulerConfig that may change while the engine runs, within what it began with."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -184,6 +184,9 @@ class RequestOutput:
     timings: Timings | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     pooled: tuple[float, ...] | None = None
+    numerics_id: str = ""
+    """Set once where a stream goes on under other numerics than it began with: from here on its
+    text may differ from the undisturbed one."""
 
     @property
     def is_last(self) -> bool:
@@ -206,6 +209,7 @@ def merge_outputs(outputs: Sequence[RequestOutput]) -> RequestOutput:
         timings=last.timings,
         prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs), None),
         pooled=last.pooled,
+        numerics_id=next((o.numerics_id for o in outputs if o.numerics_id), ""),
     )
 
 

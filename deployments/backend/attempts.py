@@ -7,7 +7,8 @@ nothing of resuming; see ray_backend.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,16 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
+from deployments.backend.fleet import Fleet, running_replicas
 from deployments.bus.listener import DEAD_AFTER_S, BusListener, IncomingStream
-from deployments.calls import BusFailed, EngineFailed, Finished, Refused
+from deployments.calls import Alive, BusFailed, EngineFailed, Finished, Refused
 from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
+
+START_S = 30.0
+"""Longest wait of a request while no replica of its model runs."""
+TakenBy = Callable[[Alive], None]
+"""Hears which replica answers."""
 
 
 class Lost(TorchWeaveError):
@@ -45,7 +52,7 @@ class ModelClient:
     """The calls of one model's deployment, each a handle configured once, as every handle opens
     a router and a long poll. gRPC with plain pickle: one server stream a request."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, longest_stream_s: float) -> None:
         self.handle = handle.options(
             _by_reference=False, request_serialization="pickle", response_serialization="pickle"
         )
@@ -53,6 +60,8 @@ class ModelClient:
         self.generate_stream = self.handle.options(method_name="generate_stream", stream=True)
         self.describe = self.handle.options(method_name="describe")
         self.ping = self.handle.options(method_name="ping")
+        called = (self.generate, self.generate_stream, self.describe)
+        self.fleet = Fleet(lambda: running_replicas(called), longest_stream_s)
 
 
 async def over_bus(
@@ -60,6 +69,7 @@ async def over_bus(
     bus: BusListener,
     request: GenerateRequest,
     pace: Callable[[], Awaitable[None]],
+    taken_by: TakenBy,
     tail_timeout_s: float = DEAD_AFTER_S,
 ) -> AsyncGenerator[RequestOutput]:
     """Deltas from the bus, the end from the call. `pace` waits between two chunks."""
@@ -68,6 +78,7 @@ async def over_bus(
     call = asyncio.ensure_future(_result(response))
     call.add_done_callback(stream.wake)
     call.add_done_callback(_look_at)
+    sent_at = time.monotonic()
     try:
         while True:
             entries = stream.take()
@@ -84,30 +95,48 @@ async def over_bus(
             elif stream.lost:
                 raise Lost("the bus connection is gone")
             elif not call.done():
-                await stream.wait()
+                if stream.connection is not None:
+                    await stream.wait()
+                elif not await stream.wait(DEAD_AFTER_S) and stream.connection is None:
+                    _not_taken(client, request, sent_at)
             elif not await stream.wait(tail_timeout_s):
                 # Frames may come after the call has returned, but on a live bus they come soon.
                 raise Lost("the last frames never came")
     finally:
+        if stream.connection is not None:
+            taken_by(stream.connection.alive)
         bus.close(stream)
         response.cancel()
         call.cancel()
 
 
 async def over_handle(
-    client: ModelClient, request: GenerateRequest
+    client: ModelClient, request: GenerateRequest, taken_by: TakenBy
 ) -> AsyncGenerator[RequestOutput]:
     """Everything as items of one streaming call."""
     response = client.generate_stream.remote(replace(request, delivery=None))
+    replica = ""
     try:
-        async for item in response:
+        items = aiter(response)
+        item = await _first(client, request, items)
+        while item is not None:
             if isinstance(item, RequestError):
                 raise item
             if isinstance(item, Refused):
                 raise NoRoom(item.error, item.replica)
             if isinstance(item, EngineFailed):
                 raise Lost(item.reason, item.replica)
-            yield item
+            if not isinstance(item, Alive):
+                yield item
+            elif client.fleet.must_move(item):
+                raise Lost("its replica is about to stop", item.replica)
+            else:
+                replica = item.replica
+                taken_by(item)
+            async with asyncio.timeout(DEAD_AFTER_S):
+                item = await anext(items, None)
+    except TimeoutError:
+        raise Lost(f"no sign of life for {DEAD_AFTER_S:g} s", replica) from None
     except RequestCancelledError:
         raise asyncio.CancelledError from None
     except RayActorError as error:
@@ -119,14 +148,14 @@ async def over_handle(
 
 
 async def choices_over_handle(
-    client: ModelClient, requests: list[tuple[int | None, GenerateRequest]]
+    client: ModelClient, requests: list[tuple[int | None, GenerateRequest]], taken_by: TakenBy
 ) -> AsyncGenerator[RequestOutput]:
     """Several requests at once, each shown under its choice's index (None: as it is)."""
     queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
     async def pump(index: int | None, request: GenerateRequest) -> None:
         try:
-            async with aclosing(over_handle(client, request)) as outputs:
+            async with aclosing(over_handle(client, request, taken_by)) as outputs:
                 async for output in outputs:
                     queue.put_nowait(_relabel(output, index))
             queue.put_nowait(None)
@@ -148,6 +177,26 @@ async def choices_over_handle(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first(client: ModelClient, request: GenerateRequest, items: AsyncIterator[Any]) -> Any:
+    """The first item, which comes at once from a replica that takes the request."""
+    sent_at = time.monotonic()
+    first = asyncio.ensure_future(anext(items, None))
+    try:
+        while not (await asyncio.wait([first], timeout=DEAD_AFTER_S))[0]:
+            _not_taken(client, request, sent_at)
+        return first.result()
+    finally:
+        first.cancel()
+
+
+def _not_taken(client: ModelClient, request: GenerateRequest, sent_at: float) -> None:
+    """Serve itself would wait for ever, also when the deployment is deleted meanwhile."""
+    if client.fleet.running():
+        raise Lost(f"no replica has taken it within {DEAD_AFTER_S:g} s")
+    if time.monotonic() - sent_at > START_S:
+        raise Unavailable(f"no replica of {request.model} runs", None, None, 5.0)
 
 
 def _finished(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from deployments.calls import Alive
 from torchweave_ray.outputs import (
     FinishReason,
     GenerateRequest,
@@ -33,6 +34,8 @@ class Progress:
             first = self._choices[0]
             first.token_ids = list(request.output_token_ids)
             first.num_chars = request.emitted_chars
+        self._alive: Alive | None = None
+        self._change = ""
         self._num_outputs = 0
         self._cached_tokens = 0
 
@@ -53,9 +56,25 @@ class Progress:
         if output.usage is not None:
             self._cached_tokens += output.usage.cached_tokens
 
+    def taken_by(self, alive: Alive) -> None:
+        """Only equal numerics ids promise the text that the first replica would have given."""
+        if self._alive is not None and any(choice.token_ids for choice in self._choices):
+            if alive.artifact_id != self._alive.artifact_id:
+                return  # it refuses: another model's tokens would not be a continuation
+            if alive.numerics_id != self._alive.numerics_id:
+                self._change = alive.numerics_id
+        self._alive = alive
+
+    def take_change(self) -> str:
+        """The numerics id under which a stream that has begun goes on, if it is another; once."""
+        change, self._change = self._change, ""
+        return change
+
     def unfinished(self, attempt: int) -> Iterator[tuple[int | None, GenerateRequest]]:
         """What is left to ask for: (choice's index, its request), or (None, the whole again)."""
         request = self._request
+        if self._alive is not None:
+            request = replace(request, artifact_id=self._alive.artifact_id or request.artifact_id)
         if not any(choice.token_ids or choice.finish_reason for choice in self._choices):
             yield None, replace(request, request_id=f"{request.request_id}.{attempt}")
             return

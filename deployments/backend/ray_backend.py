@@ -25,9 +25,9 @@ from deployments.backend.attempts import (
 from deployments.backend.hints import avoiding, with_hint
 from deployments.backend.progress import Progress
 from deployments.bus.listener import BusListener
-from deployments.calls import Description, EngineFailed
+from deployments.calls import Alive, Description, EngineFailed
 from deployments.status import why_down
-from torchweave_ray.errors import ModelNotFound, RequestError, Unavailable
+from torchweave_ray.errors import InvalidRequest, ModelNotFound, RequestError, Unavailable
 from torchweave_ray.outputs import GenerateRequest, ModelInfo, OutputKind, RequestOutput, Stats
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ DESCRIBE_TIMEOUT_S = 30.0
 BROADCAST_TIMEOUT_S = 5.0
 PING_TIMEOUT_S = 2.0
 MAX_CHUNK_INTERVAL_S = 0.05
+WATCH_S = 1.0
+ARTIFACT = "artifact_id"
+"""What a replica of another artifact refuses a request for."""
 
 
 class RayBackend:
@@ -67,7 +70,7 @@ class RayBackend:
         self._num_open += 1
         try:
             try:
-                async with aclosing(self._first_attempt(client, request)) as outputs:
+                async with aclosing(self._of_any_artifact(client, request, progress)) as outputs:
                     async for output in outputs:
                         progress.note(output)
                         yield output
@@ -80,6 +83,35 @@ class RayBackend:
                     yield output
         finally:
             self._num_open -= 1
+
+    async def _of_any_artifact(
+        self, client: ModelClient, request: GenerateRequest, progress: Progress
+    ) -> AsyncGenerator[RequestOutput]:
+        """The first attempt; while an update rolls, replicas of two artifacts may answer it."""
+        try:
+            async with aclosing(self._first_attempt(client, request, progress)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        except InvalidRequest as error:
+            if error.param != ARTIFACT:
+                raise
+        await self._check_tokenizer(client, request)
+        request = replace(request, artifact_id="")
+        async with aclosing(self._first_attempt(client, request, progress)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _check_tokenizer(self, client: ModelClient, request: GenerateRequest) -> None:
+        """Forget what the model was; raises Unavailable when it now reads text differently."""
+        known = self._descriptions.pop(request.model, None)
+        answers = await _ask_all(client, "describe")
+        files = [each.files for each in answers if isinstance(each, Description)]
+        if known is not None and _is_good(known):
+            files.append(known.result().files)
+        if not files or any(each != files[0] for each in files):
+            reason = f"{request.model} is being replaced by a model with another tokenizer"
+            raise Unavailable(reason, None, "model_changed", 1.0)
 
     async def models(self) -> list[ModelInfo]:
         """Models that a replica serves; Unavailable, with the reason, when there is none yet."""
@@ -108,6 +140,17 @@ class RayBackend:
         except (RayActorError, DeploymentUnavailableError) as error:
             reason = f"no replica of {model} can answer: {error}"
             raise Unavailable(reason, None, None, 5.0) from None
+
+    async def watch(self) -> None:
+        """For ever: moves the streams that would outlive replicas which Serve stops."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for client in self.clients.values():
+                if client.fleet.look():
+                    answers = await _ask_all(client, "alive")
+                    client.fleet.note([each for each in answers if isinstance(each, Alive)])
+                    if self._bus is not None:
+                        self._bus.move(client.fleet.must_move)
 
     async def stop(self, call_id: str) -> bool:
         """Every replica is asked: only they know the requests of all ingresses."""
@@ -150,13 +193,13 @@ class RayBackend:
         return client
 
     async def _first_attempt(
-        self, client: ModelClient, request: GenerateRequest
+        self, client: ModelClient, request: GenerateRequest, progress: Progress
     ) -> AsyncGenerator[RequestOutput]:
         """By one replica, or by one other when that has no room."""
         refusals: list[RequestError] = []
         while True:
             try:
-                async with aclosing(self._attempt(client, request)) as outputs:
+                async with aclosing(self._attempt(client, request, progress)) as outputs:
                     async for output in outputs:
                         yield output
                 return
@@ -167,11 +210,11 @@ class RayBackend:
                 request = avoiding(request, refusal.replica)
 
     def _attempt(
-        self, client: ModelClient, request: GenerateRequest
+        self, client: ModelClient, request: GenerateRequest, progress: Progress
     ) -> AsyncGenerator[RequestOutput]:
         if self._bus is not None and request.output_kind is OutputKind.TOKENS:
-            return over_bus(client, self._bus, request, self._pace)
-        return over_handle(client, request)
+            return over_bus(client, self._bus, request, self._pace, progress.taken_by)
+        return over_handle(client, request, progress.taken_by)
 
     async def _resume(
         self, client: ModelClient, request: GenerateRequest, progress: Progress, *lost: str
@@ -185,16 +228,29 @@ class RayBackend:
             rest = [(i, avoiding(each, *lost)) for i, each in progress.unfinished(attempt)]
             is_whole = any(index is None for index, _ in rest)
             try:
-                async with aclosing(choices_over_handle(client, rest)) as outputs:
+                async with aclosing(
+                    choices_over_handle(client, rest, progress.taken_by)
+                ) as outputs:
                     async for output in outputs:
+                        if changed := progress.take_change():
+                            logger.warning(
+                                "[Request] %s goes on under numerics %s: its text may differ",
+                                *(request.request_id, changed),
+                            )
+                            yield RequestOutput(request.request_id, numerics_id=changed)
                         progress.note(output)
                         output = replace(output, request_id=request.request_id)
                         yield output if is_whole else replace(output, usage=None, timings=None)
                 if not is_whole:  # the parts' counts are not the request's
                     yield RequestOutput(request.request_id, usage=progress.usage())
                 return
-            except (Lost, NoRoom) as error:
-                reason, lost = str(error), (*lost, error.replica)
+            except (Lost, NoRoom, InvalidRequest) as error:
+                if isinstance(error, InvalidRequest):
+                    if error.param != ARTIFACT:
+                        raise
+                else:
+                    lost = (*lost, error.replica)
+                reason = str(error)
                 logger.warning("[Request] %s: attempt %d: %s", request.request_id, attempt, error)
                 await asyncio.sleep(min(self._resume_wait_s * 2**attempt, 2.0))
         raise Unavailable(f"the replica of this request was lost: {reason}", None, None, 1.0)

@@ -11,10 +11,12 @@ import itertools
 import logging
 import secrets
 import uuid
+from collections.abc import Callable
 from hmac import compare_digest
 from typing import Any, cast
 
 from deployments.bus.frames import HEARTBEAT, FrameError, FrameReader, decode_delta, encode_frame
+from deployments.calls import Alive
 from torchweave_ray.outputs import BusAddress, ChoiceDelta
 
 logger = logging.getLogger(__name__)
@@ -115,6 +117,13 @@ class BusListener:
         if stream.connection is not None:
             stream.connection.streams.discard(stream)
 
+    def move(self, must_move: Callable[[Alive], bool]) -> None:
+        """Tell the streams of replicas that are about to stop that these are lost."""
+        for connection in list(self.connections):
+            if connection.streams and must_move(connection.alive):
+                logger.info("[Bus] %d streams leave %s", len(connection.streams), connection.alive)
+                connection.lose_streams()
+
     async def stop(self) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
@@ -152,6 +161,7 @@ class IngressConnection(asyncio.Protocol):
         self._hello_timer: asyncio.TimerHandle | None = None
         self._replica = ""
         """Its name, once it is accepted."""
+        self.alive = Alive()
         self._closed = False
         self.streams: set[IncomingStream] = set()
 
@@ -190,11 +200,14 @@ class IngressConnection(asyncio.Protocol):
             logger.info("[Bus] lost replica %s: %s", self._replica, why)
         else:
             logger.warning("[Bus] refused a connection: %s", why)
+        self.lose_streams()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def lose_streams(self) -> None:
         for stream in self.streams:
             stream.mark_lost()
         self.streams.clear()
-        if self._transport is not None:
-            self._transport.abort()
 
     def _accept(self, hello: Any) -> None:
         address = self._listener.address
@@ -204,6 +217,7 @@ class IngressConnection(asyncio.Protocol):
         if hello["ingress_id"] != address.ingress_id:
             raise FrameError("meant for another ingress")
         self._replica = str(hello["replica"]) or "?"
+        self.alive = Alive(*map(str, hello["alive"]))
         if self._hello_timer is not None:
             self._hello_timer.cancel()
         self._reader.max_bytes = FrameReader().max_bytes

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any, cast
 
 from deployments.bus.frames import HEARTBEAT, FrameError, FrameReader, encode_delta, encode_frame
 from deployments.bus.listener import HEARTBEAT_S
+from deployments.calls import Alive
 from torchweave_ray.errors import TorchWeaveError
 from torchweave_ray.outputs import BusAddress, RequestOutput
 
@@ -54,11 +56,13 @@ class BusSender:
     def __init__(
         self,
         replica: str,
+        alive: Alive | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         silence_s: float = INGRESS_SILENCE_S,
         retry_after_s: float = RETRY_AFTER_S,
     ) -> None:
         self.replica = replica
+        self.alive = alive or Alive()
         self._heartbeat_s = heartbeat_s
         self._silence_s = silence_s
         self._retry_after_s = retry_after_s
@@ -168,6 +172,7 @@ class SenderConnection(asyncio.Protocol):
                 "secret": self.address.secret,
                 "ingress_id": self.address.ingress_id,
                 "replica": self._sender.replica,
+                "alive": astuple(self._sender.alive),
             }
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.app import LONGEST_STREAM_S
+from deployments.args import LONGEST_STREAM_S
 from deployments.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]

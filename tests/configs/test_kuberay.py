@@ -13,8 +13,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import LONGEST_STREAM_S
-from deployments.args import AppArgs, IngressArgs
+from deployments.args import LONGEST_STREAM_S, AppArgs, IngressArgs
 from deployments.placement import Cluster, place
 from tests.serve.cluster import CONFIG
 from torchweave_ray.cli.serve import haproxy_profile

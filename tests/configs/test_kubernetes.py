@@ -12,7 +12,7 @@ import yaml
 from starlette.routing import Route
 from typer.main import get_command
 
-from deployments.app import LONGEST_STREAM_S
+from deployments.args import LONGEST_STREAM_S
 from optimizer.task import check_recipe
 from tests.api.conftest import load_tokenizer
 from tests.configs.test_kuberay import crd_schema

@@ -243,10 +243,19 @@ def test_user_config_changes_in_place(served: Served) -> None:
     assert max(s.num_running for s in stats()) == 1
     for each in streams:
         each.hang_up()
-    deploy(served.config(user_config={"max_num_seq": 1}), served.handle_config())
+    deploy(served.config(user_config={"max_num_seq": 3}), served.handle_config())
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
     wait_until(
-        lambda: "did you mean 'max_num_seqs'" in cluster.deployment_message("torchweave", TINY)
+        lambda: any(
+            "limits stay as they were" in log.read_text() and "'max_num_seqs'" in log.read_text()
+            for log in logs.glob("*torchweave_ModelReplica*.log")
+        )
     )
+    assert sorted(cluster.replica_pids(TINY)) == before, "a typo must not end what runs well"
+    streams = [served.bus.stream(PROMPT, **LONG) for _ in range(4)]
+    assert max(s.num_running for s in stats()) == 1, "the old limits stay"
+    for each in streams:
+        each.hang_up()
     deploy(served.config(), served.handle_config())
     wait_until(lambda: cluster.is_running("torchweave"))
 

@@ -12,11 +12,10 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build, deployment_name
-from deployments.args import AppArgs
+from deployments.args import AppArgs, ModelArgs, limits_of
 from deployments.environment import VARIABLES, apply_environment
 from deployments.launch import load_config
-from deployments.placement import Cluster, Placement, place
-from deployments.replica import ReplicaConfig
+from deployments.placement import Cluster, Placement, ReplicaConfig, place
 from deployments.status import the_error_in
 from torchweave_ray.errors import ConfigError
 
@@ -213,3 +212,21 @@ def test_a_message_is_cut_to_the_error_itself() -> None:
     )
     assert the_error_in(message) == "torchweave_ray.errors.ArtifactError: /a/b was altered"
     assert the_error_in("  Deploying  \n") == "Deploying"
+
+
+@pytest.mark.parametrize(
+    ("user_config", "message"),
+    [
+        ({"max_num_seq": 4}, "unknown limit max_num_seq; did you mean 'max_num_seqs'"),
+        ({"max_num_seqs": 9}, "max_num_seqs = 9 exceeds the capacity of 8"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+        ({"max_num_seqs": "4"}, "max_num_seqs"),
+        ({"ageing_tokens_per_step": 1}, "unknown limit ageing_tokens_per_step"),
+        ({"max_num_batched_tokens": 4}, "max_num_batched_tokens must be at least max_num_seqs"),
+    ],
+)
+def test_a_bad_user_config_is_named(user_config: dict[str, Any], message: str) -> None:
+    model = ModelArgs(engine={"scheduler": {"max_num_seqs": 8}})
+    with pytest.raises(ConfigError, match=message):
+        limits_of(model, user_config)
+    assert limits_of(model, {"max_num_seqs": 4}) == {"max_num_seqs": 4}

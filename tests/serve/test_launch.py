@@ -12,6 +12,7 @@ import yaml
 
 from tests.serve import cluster
 from tests.serve.cluster import CONFIG, Client, wait_until
+from tests.serve.lifecycle.closed_loop import ClosedLoop
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.cli.serve import haproxy_profile
 from torchweave_ray.models.artifact import WEIGHTS
@@ -87,6 +88,28 @@ def test_haproxy_profile_and_drain(tmp_path: Path, artifact: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_closed_loop_clients_at_sigterm(tmp_path: Path, artifact: Path) -> None:
+    """Each answer is complete or says clearly that there is none, and nothing waits for a replica
+    that never comes."""
+    server = Server(tmp_path, artifact)
+    body = {"max_tokens": 150, "ignore_eos": True}
+    try:
+        wait_until(lambda: server.says("[Serve] try:"), 90)
+        expected = {text: server.client.text(text, **body) for text in (PROMPT, "the lazy dog")}
+        with ClosedLoop(server.client.port, expected, 16, body) as clients:
+            wait_until(lambda: clients.outcomes["complete"] > 16)
+            server.process.terminate()
+            wait_until(lambda: clients.outcomes["503"] > 0 or clients.outcomes["refused"] > 0)
+            assert server.client.get("/health")[0] == 503
+            assert server.process.wait(45) == 0
+        assert not clients.faults, clients.outcomes
+        assert clients.outcomes["503"] > 0, clients.outcomes
+    finally:
+        server.stop()
+
+
+@pytest.mark.ray
 def test_a_model_that_cannot_be_served_ends_it_with_the_reason(
     tmp_path: Path, artifact: Path
 ) -> None:
@@ -106,6 +129,18 @@ def test_bad_arguments_are_told_before_ray_starts(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key 'recipee'")
+
+
+def test_a_bad_user_config_is_told_before_ray_starts(tmp_path: Path) -> None:
+    limits = CONFIG.with_name("configs") / "serve" / "limits.yaml"
+    config = tmp_path / "serve.yaml"
+    config.write_text(limits.read_text().replace("max_num_seqs:", "max_num_seq:"))
+    command = [sys.executable, "-m", "torchweave_ray.cli", "serve", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: user_config: unknown limit max_num_seq; did you mean"), last
+    assert "Ray" not in done.stdout
 
 
 def test_a_mistyped_recipe_is_told_before_ray_starts() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError
 
+from deployments.backend.fleet import Fleet
 from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
 from deployments.bus.sender import BusError, BusSender, OutgoingStream
@@ -91,6 +92,7 @@ class Replica:
     responses: list[Response] = field(default_factory=list)
     by_bus: int = 0
     step_s: float = 0.0
+    fleet: Fleet = field(default_factory=lambda: Fleet(lambda: frozenset({"r1"}), 1.0))
 
     def check(self, done: int) -> Any:
         for fault in self.faults:
@@ -126,6 +128,7 @@ class Replica:
         self.sender.flush()
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Any]:
+        yield self.sender.alive
         for done, output in enumerate(steps(request)):
             if (result := self.check(done)) is not None:
                 yield result
@@ -240,6 +243,7 @@ def test_loss_after_every_token(n: int, at: int, act: Any, use_bus: bool) -> Non
 def test_resumed_choices_ask_only_for_what_is_missing() -> None:
     async def body() -> None:
         async with serving(Fault(die, 3)) as (backend, replica):
+            replica.step_s = 0.005  # a frame that is still on its way would be asked for again
             await collect(backend, request(2))
             first, *rest = replica.requests
             assert first.delivery is not None

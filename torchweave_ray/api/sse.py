@@ -22,6 +22,8 @@ from torchweave_ray.outputs import RequestOutput
 logger = logging.getLogger(__name__)
 
 PING = b": ping\n\n"
+_MOVED = b": goes on under numerics %s, its text may differ from here on\n\n"
+"""A comment: no client takes it for text."""
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -106,6 +108,8 @@ class EventStream:
         try:
             async with self._call.in_time():
                 async for prompt_index, output in self._outputs:
+                    if output.numerics_id:
+                        await self._write(_MOVED % output.numerics_id.encode())
                     if chunk := self._writer.output(prompt_index, output):
                         await self._write(chunk)
             await self._write(self._writer.end())

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torchweave_ray.config import SchedulerConfig
+from torchweave_ray.config import TUNABLE_LIMITS, SchedulerConfig
 from torchweave_ray.engine.admission import refusal_of
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.grammar import polite_thread
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[RequestOutput | TorchWeaveError], None]
 """Called on the loop with each output; an error is the last thing it hears."""
 
-TUNABLE_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_step_ms", "max_waiting_tokens")
 _IDLE_BEAT_S = 1.0
 _STUCK_S = 120.0
 

@@ -1,0 +1,81 @@
+"""Drains an application from outside: its ingresses refuse what is new, and end what is open.
+
+Only then may the application be deleted: a replica that Serve stops would leave the calls of an
+ingress, to which kept-alive connections go on bringing requests, without anybody to answer them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+ANSWER_TIMEOUT_S = 10.0
+GOODBYE_S = 0.5
+"""For connections that are kept alive to hear, with their next answer, that they are closed."""
+
+
+def drain(apps: Sequence[str], timeout_s: float, say: Callable[[str], None]) -> None:
+    """Returns when nothing is open in any ingress of `apps`, or after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    ingresses = [_Ingresses(app) for app in apps]
+    said = 0
+    while time.monotonic() < deadline:
+        num_open = sum(each.drain() for each in ingresses)
+        if not num_open:
+            break
+        if num_open != said:
+            say(f"[Serve] {num_open} requests are open")
+            said = num_open
+        time.sleep(POLL_S)
+    if close_haproxy():
+        time.sleep(GOODBYE_S)
+
+
+class _Ingresses:
+    """All ingress replicas of one application."""
+
+    def __init__(self, app: str) -> None:
+        self._handle = serve.get_app_handle(app)
+        self._handle._init(_run_router_in_separate_loop=True)  # no loop runs here
+
+    def drain(self) -> int:
+        """Asked again and again: Serve may have replaced one since. Returns what is open."""
+        try:
+            answers = self._handle.broadcast("drain").results(
+                timeout_s=ANSWER_TIMEOUT_S, return_exceptions=True
+            )
+        except (DeploymentUnavailableError, TimeoutError) as error:
+            logger.warning("[Drain] no ingress answers: %r", error)
+            return 0
+        return sum(answer for answer in answers if isinstance(answer, int))
+
+
+def close_haproxy() -> bool:
+    """Have the HAProxy of this machine listen no more; False: there is none, or it is gone.
+
+    Without an application it would answer for itself, with errors that tell nothing.
+    """
+    path = os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH")
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1" or not path:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.settimeout(2.0)
+            admin.connect(path)
+            admin.sendall(b"shutdown frontend http_frontend\n")
+            answer = admin.recv(4096).strip()
+    except OSError as error:
+        logger.warning("[Drain] HAProxy at %s: %r", path, error)
+        return False
+    if answer:
+        logger.warning("[Drain] HAProxy: %s", answer.decode(errors="replace"))
+    return not answer

@@ -1,0 +1,63 @@
+"""An ingress's gate: what is open is counted and finished, what comes too late is told so."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from starlette.middleware import Middleware
+
+from deployments.drain.gate import Gate, GatedApp
+from tests.fakes import FakeBackend, Script
+from torchweave_ray.api.app import create_app
+from torchweave_ray.errors import Unavailable
+from torchweave_ray.tokenizer import Tokenizer
+
+
+def test_open_streams_end_and_late_requests_are_refused() -> None:
+    async def body() -> None:
+        gate, second = Gate(), asyncio.Event()
+        backend = FakeBackend(Script(gates={1: second}))
+
+        async def load(model: str) -> Tokenizer:
+            return backend.tokenizer
+
+        app = create_app(backend, load)
+        app.user_middleware.append(Middleware(GatedApp, gate=gate))
+        transport = httpx.ASGITransport(app)
+        wanted = {"prompt": "hi", "max_tokens": 5}
+        async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+            open_one = asyncio.create_task(client.post("/v1/completions", json=wanted))
+            await backend.on_request.wait()
+            assert gate.num_open == 1
+            gate.is_closed = True
+            for call in (
+                client.post("/v1/completions", json=wanted),
+                client.post("/v1/generate", json=wanted),
+                client.get("/v1/models"),
+            ):
+                late = await call
+                assert (late.status_code, late.headers["connection"]) == (503, "close")
+                assert late.json()["error"]["code"] == "draining"
+                assert int(late.headers["retry-after"]) >= 1
+                assert late.headers["x-request-id"]
+            assert (await client.get("/livez")).status_code == 200
+            assert gate.num_open == 1
+            second.set()
+            answer = await open_one
+            assert answer.json()["choices"][0]["text"] == "Gravity pulls."
+            assert answer.headers["connection"] == "close"
+            assert gate.num_open == 0
+
+    asyncio.run(asyncio.wait_for(body(), 10))
+
+
+def test_python_calls_pass_it_too() -> None:
+    gate = Gate()
+    with gate.passing():
+        assert gate.num_open == 1
+        gate.is_closed = True
+    assert gate.num_open == 0
+    with pytest.raises(Unavailable, match="shutting down"), gate.passing():
+        raise AssertionError("nothing passes a closed gate")
