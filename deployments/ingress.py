@@ -68,7 +68,7 @@ class Ingress:
             bus,
             chunk_interval_s=0.0 if has_haproxy else CHUNK_INTERVAL_S,
         )
-        self._tokenizers: dict[str, asyncio.Task[Tokenizer]] = {}
+        self._tokenizers: dict[str, tuple[dict[str, bytes], asyncio.Task[Tokenizer]]] = {}
         self._service = Service(self._backend, self._load_tokenizer, config.api)
         self._gate = Gate()
         self._app = create_app(self._backend, self._load_tokenizer, config.api, self._check_health)
@@ -137,15 +137,13 @@ class Ingress:
 
     async def _load_tokenizer(self, model: str) -> Tokenizer:
         """One for HTTP and Python; read again only when reading it failed."""
-        task = self._tokenizers.get(model)
-        if task is None or (task.done() and (task.cancelled() or task.exception())):
-            task = asyncio.create_task(self._read_tokenizer(model))
-            self._tokenizers[model] = task
+        files = (await self._backend.describe(model)).files
+        read_from, task = self._tokenizers.get(model, ({}, None))
+        failed = task is not None and task.done() and (task.cancelled() or task.exception())
+        if task is None or failed or read_from != files:  # an update may have replaced the model
+            task = asyncio.create_task(asyncio.to_thread(Tokenizer.from_files, files))
+            self._tokenizers[model] = (files, task)
         return await asyncio.shield(task)
-
-    async def _read_tokenizer(self, model: str) -> Tokenizer:
-        description = await self._backend.describe(model)
-        return await asyncio.to_thread(Tokenizer.from_files, description.files)
 
     async def _warm(self, model: str) -> None:
         """Have tokenizer and template ready before the first request, whenever the model is."""

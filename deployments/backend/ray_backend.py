@@ -125,7 +125,7 @@ class RayBackend:
         return infos
 
     async def describe(self, model: str, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Description:
-        """Asked of a replica once and kept: what a model is does not change while we run."""
+        """Asked of a replica once and kept until one refuses a request for its artifact."""
         client = self._client(model)
         task = self._descriptions.get(model)
         if task is None or (task.done() and not _is_good(task)):

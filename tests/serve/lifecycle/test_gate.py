@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from deployments.drain.gate import Gate, GatedApp
 from tests.fakes import FakeBackend, Script
 from torchweave_ray.api.app import create_app
 from torchweave_ray.errors import Unavailable
+from torchweave_ray.outputs import GenerateRequest, RequestOutput
 from torchweave_ray.tokenizer import Tokenizer
 
 
@@ -61,3 +63,36 @@ def test_python_calls_pass_it_too() -> None:
     assert gate.num_open == 0
     with pytest.raises(Unavailable, match="shutting down"), gate.passing():
         raise AssertionError("nothing passes a closed gate")
+
+
+class Moved(FakeBackend):
+    """Its streams go on under other numerics after their first output."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
+        outputs = super().generate(request)
+        yield await anext(outputs)
+        yield RequestOutput(request.request_id, numerics_id="numerics-2")
+        async for output in outputs:
+            yield output
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/generate"])
+def test_a_stream_says_that_its_numerics_have_changed(path: str) -> None:
+    async def body() -> None:
+        backend = Moved()
+
+        async def load(model: str) -> Tokenizer:
+            return backend.tokenizer
+
+        transport = httpx.ASGITransport(create_app(backend, load))
+        async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+            answer = await client.post(path, json={"prompt": "hi", "stream": True})
+        lines = answer.text.splitlines()
+        (said,) = (i for i, line in enumerate(lines) if line.startswith(":"))
+        assert (
+            lines[said] == ": goes on under numerics numerics-2, its text may differ from here on"
+        )
+        assert "Gravity" in "".join(lines[:said])
+        assert "pulls" in "".join(lines[said:])
+
+    asyncio.run(asyncio.wait_for(body(), 10))
