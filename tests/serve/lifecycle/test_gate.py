@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -78,6 +79,8 @@ class Moved(FakeBackend):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/generate"])
 def test_a_stream_says_that_its_numerics_have_changed(path: str) -> None:
+    body_of: dict[str, dict[str, Any]] = {"/v1/completions": {"stream": True}, "/v1/generate": {}}
+
     async def body() -> None:
         backend = Moved()
 
@@ -86,7 +89,7 @@ def test_a_stream_says_that_its_numerics_have_changed(path: str) -> None:
 
         transport = httpx.ASGITransport(create_app(backend, load))
         async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
-            answer = await client.post(path, json={"prompt": "hi", "stream": True})
+            answer = await client.post(path, json={"prompt": "hi"} | body_of[path])
         lines = answer.text.splitlines()
         (said,) = (i for i, line in enumerate(lines) if line.startswith(":"))
         assert (
