@@ -87,6 +87,28 @@ class RoutingHint:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamOrigin:
+    """The call whose stream a request is part of: enough for any ingress to make it again."""
+
+    call_id: str
+    """Unguessable: whoever knows it may read the stream."""
+    path: str
+    body: bytes
+    """As the client sent it; of the call's first request only."""
+    created: int
+    """Unix seconds that the answer shows."""
+    keep_s: float
+    """How long after its end the stream can be opened again."""
+    index: int
+    """Of this request among the call's."""
+    num_requests: int
+    request_id: str
+    """This and the next: what the request had before choices of it went on elsewhere."""
+    n: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One request in token ids.
 
@@ -124,6 +146,8 @@ class GenerateRequest:
     """Set by the backend that has several replicas."""
     delivery: BusAddress | None = None
     """None: outputs travel on the handle call; else as frames to this ingress."""
+    origin: StreamOrigin | None = None
+    """Of a stream that its client can open again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def read(
     """`thinks`: whether the prompt ends within the reasoning; None: there is none."""
     parser = AnswerParser(
         None if thinks is None else ReasoningSplitter(thinks),
-        None if form is None else CallParser(form, NAMES, most),
+        None if form is None else CallParser(form, NAMES, "answer", most),
     )
     parts = [part for piece in pieces for part in parser.feed(piece)]
     return show([*parts, *parser.finish()])
@@ -177,8 +177,8 @@ def test_calls_beyond_the_allowed_ones_are_dropped() -> None:
 
 
 def test_ids_are_as_the_templates_want_them() -> None:
-    assert re.fullmatch("[A-Za-z0-9]{9}", MISTRAL.new_id())
-    assert len({HERMES.new_id() for _ in range(100)}) == 100
+    assert re.fullmatch("[A-Za-z0-9]{9}", MISTRAL.call_id("answer:0"))
+    assert len({HERMES.call_id(f"answer:{i}") for i in range(100)}) == 100
 
 
 PIECES = st.sampled_from(

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from torchweave_ray.api.endpoint import Endpoint, RequestIds
 from torchweave_ray.api.errors import on_http_exception, on_request_error
 from torchweave_ray.api.reference import ReferenceApi
-from torchweave_ray.api.service import LoadTokenizer, Service
+from torchweave_ray.api.service import LoadTokenizer, Recall, Service
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.api.status import CheckHealth
 from torchweave_ray.api.table import Row, paths
@@ -26,10 +26,12 @@ def create_app(
     load_tokenizer: LoadTokenizer,
     settings: ApiSettings | None = None,
     check_health: CheckHealth | None = None,
+    recall: Recall | None = None,
 ) -> Starlette:
-    """`check_health`: None asks the backend for its models, which it may know from before."""
+    """`check_health`: None asks the backend for its models, which it may know from before.
+    `recall` knows the streams of other processes."""
     settings = settings or ApiSettings()
-    service = Service(backend, load_tokenizer, settings)
+    service = Service(backend, load_tokenizer, settings, recall)
     table = paths(service, check_health or service.infos)
     reference = ReferenceApi([operation for operation, _ in table])
     app = Starlette(
@@ -51,5 +53,5 @@ def create_app(
 def _route(row: Row, settings: ApiSettings) -> Route:
     operation, handler = row
     if operation.method == "POST":
-        handler = Endpoint(handler, settings.max_body_bytes)
+        handler = Endpoint(operation.path, handler, settings.max_body_bytes)
     return Route(operation.path, handler, methods=[operation.method])

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +27,9 @@ from torchweave_ray.errors import (
     RequestTooLarge,
 )
 from torchweave_ray.outputs import Deadline, Late
+
+if TYPE_CHECKING:
+    from torchweave_ray.api.streams.resume import OpenStream, Resumed
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +51,17 @@ class Call:
 
     def __init__(
         self,
-        body: dict[str, Any],
+        path: str,
+        raw: bytes,
         stack: AsyncExitStack,
         started_at: float,
         ids: _Ids,
         session_id: str,
     ) -> None:
-        self.body = body
+        """Raises InvalidRequest for a body that is no JSON object."""
+        self.path = path
+        self.raw = raw
+        self.body = _parse_object(raw)
         self.stack = stack
         self.request_id = ids.shown
         """The x-request-id of the answer, for the log."""
@@ -64,6 +71,12 @@ class Call:
         """On the monotonic clock, before the body was read."""
         self.session_id = session_id
         """From x-session-id: calls of one session go to one replica."""
+        self.created = int(time.time())
+        """What the answer says of it."""
+        self.resumed: Resumed | None = None
+        """When it is made again for a client that has lost its stream."""
+        self.stream: OpenStream | None = None
+        """When its answer is a stream that can be opened again."""
         self.ignored: list[str] = []
         """Fields that were accepted without effect; the answer lists them."""
         self.deadline: Deadline | None = None
@@ -71,7 +84,8 @@ class Call:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"X-Ignored-Params": ", ".join(self.ignored)} if self.ignored else {}
+        headers = {"X-Ignored-Params": ", ".join(self.ignored)} if self.ignored else {}
+        return headers if self.stream is None else headers | {"X-Stream-Id": self.id}
 
     def limit(self, milliseconds: int) -> None:
         """It must end so long after it came; the sooner of two limits holds."""
@@ -109,7 +123,8 @@ Handler = Callable[[Call], Awaitable[ASGIApp]]
 class Endpoint:
     """Runs a handler, then the answer that it gives, for as long as the client stays."""
 
-    def __init__(self, handler: Handler, max_body_bytes: int) -> None:
+    def __init__(self, path: str, handler: Handler, max_body_bytes: int) -> None:
+        self._path = path
         self._handler = handler
         self._max_body_bytes = max_body_bytes
 
@@ -117,16 +132,21 @@ class Endpoint:
         started_at = time.monotonic()
         deadline_ms = _announced_deadline_ms(scope)
         raw = await _read_body(scope, receive, self._max_body_bytes)
-        body = _parse_object(raw)
         # The stack unwinds last: a client that leaves must not disturb the closing.
         async with AsyncExitStack() as stack:
-            call = Call(body, stack, started_at, scope[_IDS], _session_id(scope))
+            call = self.call(raw, stack, started_at, scope)
             if deadline_ms is not None:
                 call.limit(deadline_ms)
-            async with _WhileConnected(receive):
-                async with call.in_time():
-                    answer = await self._answer(call)
-                await answer(scope, receive, send)
+            await self.run(call, scope, receive, send)
+
+    def call(self, raw: bytes, stack: AsyncExitStack, started_at: float, scope: Scope) -> Call:
+        return Call(self._path, raw, stack, started_at, scope[_IDS], _session_id(scope))
+
+    async def run(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        async with _WhileConnected(receive):
+            async with call.in_time():
+                answer = await self._answer(call)
+            await answer(scope, receive, send)
 
     async def _answer(self, call: Call) -> ASGIApp:
         try:

@@ -16,6 +16,7 @@ from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import failure_of
 from torchweave_ray.api.running import StopSwitch
 from torchweave_ray.api.service import Service
+from torchweave_ray.api.streams.resume import open_stream
 from torchweave_ray.errors import RequestError, Unavailable
 from torchweave_ray.outputs import (
     Backend,
@@ -34,14 +35,19 @@ Outputs = AsyncGenerator[tuple[int, RequestOutput]]
 """(index of the request, its news)"""
 
 
-def generate(call: Call, service: Service, requests: Sequence[GenerateRequest]) -> Outputs:
-    """Closed with the call at the latest; DELETE /v1/requests/{id} can stop it.
+def generate(
+    call: Call, service: Service, requests: Sequence[GenerateRequest], is_stream: bool = False
+) -> Outputs:
+    """Closed with the call at the latest; DELETE /v1/requests/{id} can stop it, and a stream can be
+    opened again.
 
     All have the call's session and deadline.
     """
     requests = [
         replace(request, session_id=call.session_id, deadline=call.deadline) for request in requests
     ]
+    if is_stream:
+        requests = open_stream(call, service, requests)
     switches = call.stack.enter_context(service.running.open(call.id, len(requests)))
     sources = [
         _Source(service.backend, request, switch, index)

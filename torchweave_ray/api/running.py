@@ -82,7 +82,8 @@ class RunningRequests:
         try:
             yield switches
         finally:
-            del self._switches[call_id]
+            if self._switches.get(call_id) is switches:  # else the call was made again meanwhile
+                del self._switches[call_id]
 
     def stop(self, call_id: str) -> bool:
         """False when no such call is running here."""

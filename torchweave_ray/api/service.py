@@ -15,6 +15,7 @@ from torchweave_ray.api.grammar import Wanted
 from torchweave_ray.api.grammar_checks import GrammarChecks
 from torchweave_ray.api.running import RunningRequests
 from torchweave_ray.api.settings import ApiSettings
+from torchweave_ray.api.streams.records import StreamRecords
 from torchweave_ray.errors import InvalidRequest, ModelNotFound, Unavailable
 from torchweave_ray.outputs import Backend, GenerateRequest, ModelInfo, OutputKind
 from torchweave_ray.sampling_params import MAX_SEED, SamplingParams
@@ -22,6 +23,8 @@ from torchweave_ray.tokenizer import Tokenizer
 
 LoadTokenizer = Callable[[str], Awaitable[Tokenizer]]
 """By model id."""
+Recall = Callable[[str], Awaitable[list[GenerateRequest]]]
+"""By call id: see `StreamRecords`."""
 
 _LONG_TEXT = 8_192
 """Characters from which on a text is encoded in a thread: some 4 ms of one core."""
@@ -35,14 +38,25 @@ class Model:
 
 class Service:
     def __init__(
-        self, backend: Backend, load_tokenizer: LoadTokenizer, settings: ApiSettings
+        self,
+        backend: Backend,
+        load_tokenizer: LoadTokenizer,
+        settings: ApiSettings,
+        recall: Recall | None = None,
     ) -> None:
+        """`recall`: None where no other process has streams."""
         self.backend = backend
         self.settings = settings
         self.running = RunningRequests()
         self.grammars = GrammarChecks()
+        self.streams = StreamRecords()
+        self._recall = recall
         self._load_tokenizer = load_tokenizer
         self._tokenizers: dict[str, tuple[str, asyncio.Task[Tokenizer]]] = {}
+
+    async def recall(self, call_id: str) -> list[GenerateRequest]:
+        """Requests of a stream that another process had, as far as they are known."""
+        return [] if self._recall is None else await self._recall(call_id)
 
     async def infos(self) -> list[ModelInfo]:
         """Raises Unavailable when nothing is served."""

@@ -22,5 +22,8 @@ class ApiSettings:
     """A longer request body is refused with 413."""
     ping_interval_s: float = 15.0
     """A stream that has been silent for so long sends a comment, so that proxies keep it."""
+    stream_keep_s: float = 60.0
+    """How long after its end, or after its client was lost, a stream can be opened again; 0: never,
+    and its events have no ids."""
     health_timeout_s: float = 5.0
     """A backend that says nothing for so long is not healthy."""

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import INTERNAL_ERROR
+from torchweave_ray.api.streams.resume import numbered
 from torchweave_ray.errors import RequestError
 from torchweave_ray.outputs import RequestOutput
 
@@ -80,7 +81,7 @@ class EventStream:
     ) -> None:
         self._call = call
         self._outputs = outputs
-        self._writer = writer
+        self._writer = numbered(call, writer)
         self._ping_interval_s = ping_interval_s
         own = [
             (name.encode("latin-1"), value.encode("latin-1"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchweave_ray.api.anthropic.messages import MessagesApi
 from torchweave_ray.api.anthropic.schema import CountBody, MessagesBody
+from torchweave_ray.api.endpoint import Endpoint
 from torchweave_ray.api.native.generate import NativeApi
 from torchweave_ray.api.native.schema import GenerateBody
 from torchweave_ray.api.openai.chat import ChatApi
@@ -27,13 +28,25 @@ from torchweave_ray.api.responses.create import ResponsesApi
 from torchweave_ray.api.responses.schema import ResponsesBody
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.status import CheckHealth, StatusApi
+from torchweave_ray.api.streams.resume import StreamsApi
 
 Row = tuple[Operation, Callable[..., Any]]
-"""GET and DELETE take Starlette's request, POST an endpoint's `Call`."""
+"""GET and DELETE take Starlette's request or are ASGI, POST takes an endpoint's `Call`."""
 
 
 def paths(service: Service, check_health: CheckHealth) -> list[Row]:
-    return [*_about(service, check_health), *_generating(service)]
+    generating = _generating(service)
+    endpoints = {
+        operation.path: Endpoint(operation.path, handler, service.settings.max_body_bytes)
+        for operation, handler in generating
+        if operation.streams
+    }
+    resume = Operation("GET", "/v1/streams/{stream_id}", "go on with a stream", streams=True)
+    return [
+        *_about(service, check_health),
+        *generating,
+        (resume, StreamsApi(service, endpoints)),
+    ]
 
 
 def _about(service: Service, check_health: CheckHealth) -> list[Row]:

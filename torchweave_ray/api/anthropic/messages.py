@@ -47,7 +47,7 @@ class MessagesApi:
         except InvalidRequest as error:
             raise renamed(error, _THEIR_NAMES) from None
         progress = Progress(call, model.info.id)
-        outputs = generate(call, self._service, [turn.request])
+        outputs = generate(call, self._service, [turn.request], bool(body.stream))
         if body.stream:
             writer = MessageWriter(turn, model.info.id, progress)
             return EventStream(call, outputs, writer, self._service.settings.ping_interval_s)

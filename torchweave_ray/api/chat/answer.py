@@ -49,4 +49,5 @@ class AnswerParser:
                 yield part
 
 
-NewParser = Callable[[], AnswerParser]
+NewParser = Callable[[int], AnswerParser]
+"""By choice: the same for the same answer."""

@@ -7,10 +7,10 @@ stays text. Knows no template.
 from __future__ import annotations
 
 import re
-import secrets
 import string
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 
 from torchweave_ray.api.chat.call_scanner import CallScanner
 from torchweave_ray.api.chat.parts import CallArguments, CallStart, Part, Text
@@ -42,21 +42,28 @@ class CallFormat:
     def markers(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.opener, self.closer, self.optional_opener)))
 
-    def new_id(self) -> str:
+    def call_id(self, source: str) -> str:
+        """The same for the same source, so that an answer that is told again has the same ids."""
+        digest = sha256(source.encode()).digest()
         if self.has_short_ids:
-            return "".join(secrets.choice(_LETTERS) for _ in range(9))
-        return f"call_{secrets.token_hex(12)}"
+            return "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest[:9])
+        return f"call_{digest[:12].hex()}"
 
 
 class CallParser:
     def __init__(
-        self, form: CallFormat, names: frozenset[str], max_calls: int | None = None
+        self,
+        form: CallFormat,
+        names: frozenset[str],
+        source: str,
+        max_calls: int | None = None,
     ) -> None:
-        """`names`: functions that may be called; another one's call stays text. Calls beyond
-        `max_calls` are dropped."""
+        """`names`: functions that may be called; another one's call stays text. `source`: what the
+        calls' ids are made of, no other answer's. Calls beyond `max_calls` are dropped."""
         self.num_calls = 0
         self._form = form
         self._names = names
+        self._source = source
         self._max_calls = max_calls
         self._buffer = ""
         """Not looked at yet, or not to be decided yet."""
@@ -141,7 +148,8 @@ class CallParser:
             self.num_calls += 1
             self._spaces, self._is_after_call = "", True
             if self._is_wanted(self._index):
-                yield CallStart(self._index, self._form.new_id(), scanner.name or "")
+                call_id = self._form.call_id(f"{self._source}:{self._index}")
+                yield CallStart(self._index, call_id, scanner.name or "")
         if piece and self._index is not None and self._is_wanted(self._index):
             yield CallArguments(self._index, piece)
         if self._index is None and (piece or scanner.is_broken):

@@ -5,11 +5,11 @@ Protocols bring their messages in the form that templates read (docs/api.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchweave_ray.api.chat.answer import AnswerParser, NewParser
+from torchweave_ray.api.chat.answer import AnswerParser
 from torchweave_ray.api.chat.call_parser import CallFormat, CallParser
 from torchweave_ray.api.chat.formats import (
     BARE,
@@ -57,8 +57,8 @@ class Conversation:
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
     text: str
-    new_parser: NewParser | None
-    """For each choice one; None: an answer is nothing but text."""
+    new_parser: Callable[[str], AnswerParser] | None
+    """For each choice one, of a name of the choice; None: an answer is nothing but text."""
     keeps_special_tokens: bool
     """Markers that the parser looks for are special tokens."""
     grammar: GrammarSpec | None = None
@@ -88,10 +88,10 @@ def render(tokenizer: Tokenizer, conversation: Conversation) -> ChatPrompt:
     has_begun = text.rstrip().endswith(OPENER)
     shows, parallel = conversation.shows_reasoning, conversation.parallel_calls
 
-    def new_parser() -> AnswerParser:
+    def new_parser(choice: str) -> AnswerParser:
         return AnswerParser(
             ReasoningSplitter(has_begun) if is_reasoning else None,
-            _call_parser(form, names, parallel),
+            _call_parser(form, names, choice, parallel),
             shows,
         )
 
@@ -127,9 +127,9 @@ def _can_be_enforced(form: CallFormat | None, tokenizer: Tokenizer) -> bool:
 
 
 def _call_parser(
-    form: CallFormat | None, names: frozenset[str], parallel: bool
+    form: CallFormat | None, names: frozenset[str], choice: str, parallel: bool
 ) -> CallParser | None:
-    return None if form is None else CallParser(form, names, None if parallel else 1)
+    return None if form is None else CallParser(form, names, choice, None if parallel else 1)
 
 
 def _text(tokenizer: Tokenizer, template: str, conversation: Conversation) -> str:

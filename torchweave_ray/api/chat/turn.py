@@ -41,10 +41,10 @@ class Turn:
         """The answer is nothing but text."""
         return self.prompt.new_parser is None
 
-    def new_parser(self) -> AnswerParser:
+    def new_parser(self, index: int = 0) -> AnswerParser:
         if self.prompt.new_parser is None:
             return AnswerParser(None, None)
-        return self.prompt.new_parser()
+        return self.prompt.new_parser(f"{self.request.request_id}:{index}")
 
 
 async def take_turn(

@@ -27,7 +27,7 @@ class NativeApi:
     async def stream(self, call: Call) -> ASGIApp:
         request = await self._request(call, exclusive=False)
         progress = Progress(call, request.model)
-        outputs = generate(call, self._service, [request])
+        outputs = generate(call, self._service, [request], is_stream=True)
         interval = self._service.settings.ping_interval_s
         return EventStream(call, outputs, _TextWriter(progress), interval)
 

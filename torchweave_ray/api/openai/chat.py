@@ -34,9 +34,9 @@ class ChatApi:
         model = await self._service.model(body.model)
         turn = await self._turn(call, body, model)
         progress = Progress(call, model.info.id)
-        outputs = generate(call, self._service, [turn.request])
+        outputs = generate(call, self._service, [turn.request], bool(body.stream))
         if body.stream:
-            writer = _writer(body, model, turn, progress)
+            writer = _writer(call, body, model, turn, progress)
             outputs = paced(outputs, body)
             return EventStream(call, outputs, writer, self._service.settings.ping_interval_s)
         return await _whole(call, body, model, turn, progress, outputs)
@@ -69,7 +69,7 @@ async def _whole(
     choices = await collect(outputs, progress, num_prompts=1, n=request.n)
     tokenizer, shows_ids = model.tokenizer, bool(body.return_token_ids)
     answer = {
-        **identity_of(request.request_id, model).head("chat.completion"),
+        **identity_of(call, request.request_id, model).head("chat.completion"),
         "choices": [
             choice_json(tokenizer, index, choice, turn.new_parser, shows_ids)
             for index, choice in enumerate(choices)
@@ -84,9 +84,9 @@ async def _whole(
     return JSONResponse(answer, headers=call.headers)
 
 
-def _writer(body: ChatBody, model: Model, turn: Turn, progress: Progress) -> Writer:
+def _writer(call: Call, body: ChatBody, model: Model, turn: Turn, progress: Progress) -> Writer:
     request, tokenizer = turn.request, model.tokenizer
-    identity, details = identity_of(request.request_id, model), details_of(body)
+    identity, details = identity_of(call, request.request_id, model), details_of(body)
     if turn.is_plain and not (details.token_ids or details.continuous_usage):
         shape = ChatShape(tokenizer)
         return ChunkWriter(identity, shape, progress, request.n, details.include_usage)

@@ -52,7 +52,7 @@ class DetailedChatShape:
         return {"delta": {}}
 
     def opening(self, index: int, prompt_logprobs: PromptLogprobs) -> Iterator[Fragment]:
-        self._parsers[index] = self._new_parser()
+        self._parsers[index] = self._new_parser(index)
         beside = None
         if self._prompt_token_ids is not None:
             beside = {"prompt_token_ids": list(self._prompt_token_ids)}
@@ -81,7 +81,7 @@ def choice_json(
     new_parser: NewParser,
     shows_token_ids: bool,
 ) -> dict[str, Any]:
-    parser = new_parser()
+    parser = new_parser(index)
     parts = join([*parser.feed(choice.text), *parser.finish()])
     answer: dict[str, Any] = {
         "index": index,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ class CompletionsApi:
             for prompt, request in zip(given, requests, strict=True)
         ]
         progress = Progress(call, model.info.id)
-        outputs = generate(call, self._service, requests)
+        outputs = generate(call, self._service, requests, bool(body.stream))
         if body.max_tokens == 0:
             outputs = without_answer(outputs)
         if body.stream:
@@ -76,7 +75,7 @@ class CompletionsApi:
             for choice in likeliest(own, n) if drawn > n else own:
                 answers.append(choice_json(model.tokenizer, len(answers), choice, prompt, shown))
         answer = {
-            **identity_of(f"cmpl-{call.id}", model).head("text_completion"),
+            **identity_of(call, f"cmpl-{call.id}", model).head("text_completion"),
             "choices": answers,
             "usage": progress.usage_json(),
             "timings": progress.timings_json(),
@@ -142,9 +141,9 @@ def paced(outputs: Outputs, body: OpenAIBody) -> Outputs:
     return at_intervals(outputs, body.stream_interval) if body.stream_interval else outputs
 
 
-def identity_of(call_id: str, model: Model) -> Identity:
+def identity_of(call: Call, answer_id: str, model: Model) -> Identity:
     """Equal fingerprints promise equal text for equal seeds."""
-    return Identity(call_id, int(time.time()), model.info.id, f"fp_{model.info.numerics_id}")
+    return Identity(answer_id, call.created, model.info.id, f"fp_{model.info.numerics_id}")
 
 
 def _writer(
@@ -154,7 +153,7 @@ def _writer(
     prompts: Sequence[Prompt],
     progress: Progress,
 ) -> Writer:
-    identity, details = identity_of(f"cmpl-{call.id}", model), details_of(body)
+    identity, details = identity_of(call, f"cmpl-{call.id}", model), details_of(body)
     n = body.n or 1
     if not (body.echo or details.token_ids or details.continuous_usage):
         return ChunkWriter(identity, TextShape(model.tokenizer), progress, n, details.include_usage)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -47,8 +46,8 @@ class ResponsesApi:
         except InvalidRequest as error:
             raise renamed(error, {"max_tokens": "max_output_tokens"}) from None
         progress = Progress(call, model.info.id)
-        outputs = generate(call, self._service, [turn.request])
-        shape = ResponseShape(body, turn.request.request_id, int(time.time()), model.info.id)
+        outputs = generate(call, self._service, [turn.request], bool(body.stream))
+        shape = ResponseShape(body, turn.request.request_id, call.created, model.info.id)
         if body.stream:
             writer = ResponseWriter(shape, turn.new_parser(), progress)
             return EventStream(call, outputs, writer, self._service.settings.ping_interval_s)

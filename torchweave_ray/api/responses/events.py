@@ -32,7 +32,8 @@ class ResponseWriter:
         self._parser = parser
         self._progress = progress
         self._blocks = Blocks()
-        self._num_events = 0
+        self.num_events = 0
+        """Sent so far: the next one's sequence number."""
         self._reason: FinishReason | None = None
 
     def output(self, prompt_index: int, output: RequestOutput) -> bytes:
@@ -58,7 +59,7 @@ class ResponseWriter:
         return text.encode()
 
     def _start(self) -> str:
-        if self._num_events:
+        if self.num_events:
             return ""
         response = self._shape.open()
         created = self._event("response.created", response=response)
@@ -112,6 +113,6 @@ class ResponseWriter:
         return place
 
     def _event(self, kind: str, **content: Any) -> str:
-        body = {"type": kind, "sequence_number": self._num_events, **content}
-        self._num_events += 1
+        body = {"type": kind, "sequence_number": self.num_events, **content}
+        self.num_events += 1
         return f"event: {kind}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
