@@ -71,7 +71,13 @@ class Ingress:
         self._tokenizers: dict[str, tuple[dict[str, bytes], asyncio.Task[Tokenizer]]] = {}
         self._service = Service(self._backend, self._load_tokenizer, config.api)
         self._gate = Gate()
-        self._app = create_app(self._backend, self._load_tokenizer, config.api, self._check_health)
+        self._app = create_app(
+            self._backend,
+            self._load_tokenizer,
+            config.api,
+            self._check_health,
+            self._backend.recall,
+        )
         self._app.user_middleware.append(Middleware(GatedApp, gate=self._gate))  # the innermost
         self._watch = asyncio.create_task(self._backend.watch())
         self._warmups = [asyncio.create_task(self._warm(model)) for model in models]

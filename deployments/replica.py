@@ -32,6 +32,7 @@ from deployments.log import log_start, log_through_serve
 from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
 from optimizer.task import ensure_staged
+from torchweave_ray.api.streams.records import StreamRecords
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ConfigError, EngineError, TorchWeaveError
 from torchweave_ray.kernels.machine import num_cores
@@ -61,6 +62,7 @@ class ModelReplica:
         self._model = config.model
         self._serves = False
         """From the first check of its health on, which Serve makes before it sends requests."""
+        self._streams = StreamRecords()
         # In threads: this loop answers Serve's own probes meanwhile.
         loaded = await asyncio.to_thread(self._load, config, engine_config)
         tokenizer = load_tokenizer(loaded.tokenizer_dir)
@@ -96,6 +98,10 @@ class ModelReplica:
 
     async def generate(self, request: GenerateRequest, stream_id: int) -> CallResult:
         """Tokens go by the bus to `request.delivery`; stays open until the last one has left."""
+        with self._streams.keep(request):
+            return await self._generate(request, stream_id)
+
+    async def _generate(self, request: GenerateRequest, stream_id: int) -> CallResult:
         ended: asyncio.Future[RequestOutput | TorchWeaveError | BusFailed]
         ended = asyncio.get_running_loop().create_future()
 
@@ -135,9 +141,11 @@ class ModelReplica:
     async def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[StreamItem]:
         """Everything as items of this call, and signs of life between them."""
         try:
-            async with aclosing(with_beats(self._engine.generate(request), self._alive)) as items:
-                async for item in items:
-                    yield item
+            with self._streams.keep(request):
+                alive = with_beats(self._engine.generate(request), self._alive)
+                async with aclosing(alive) as items:
+                    async for item in items:
+                        yield item
         except TorchWeaveError as error:
             yield as_value(error, self._id)
         finally:
@@ -149,6 +157,10 @@ class ModelReplica:
     async def stop(self, call_id: str) -> bool:
         """End the requests of a call, whichever ingress they came from; False: none is here."""
         return await self._engine.stop(call_id)
+
+    async def recall(self, call_id: str) -> list[GenerateRequest]:
+        """Requests that were here of a call whose stream is to go on."""
+        return self._streams.recall(call_id)
 
     async def describe(self) -> Description:
         return Description(self._info, self._files, self._startup_s)

@@ -157,6 +157,12 @@ class RayBackend:
         asked = (_ask_all(client, "stop", call_id) for client in self.clients.values())
         return any(True in answers for answers in await asyncio.gather(*asked))
 
+    async def recall(self, call_id: str) -> list[GenerateRequest]:
+        """Requests of a call whose stream is to go on, asked of every replica."""
+        asked = (_ask_all(client, "recall", call_id) for client in self.clients.values())
+        lists = [each for answers in await asyncio.gather(*asked) for each in answers]
+        return [request for found in lists if isinstance(found, list) for request in found]
+
     async def check_health(self) -> None:
         """Raises Unavailable, with the reason, when no replica of any model answers now."""
         pings = [self._ping(model, client) for model, client in self.clients.items()]
