@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 ANSWER_TIMEOUT_S = 10.0
+NOBODY_S = 5.0
+"""No ingress known for so long: there is none. A new handle learns of them in a moment."""
 GOODBYE_S = 0.5
 """For connections that are kept alive to hear, with their next answer, that they are closed."""
 
@@ -27,10 +29,13 @@ def drain(apps: Sequence[str], timeout_s: float, say: Callable[[str], None]) -> 
     """Returns when nothing is open in any ingress of `apps`, or after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     ingresses = [_Ingresses(app) for app in apps]
-    said = 0
+    heard_at, said = time.monotonic(), 0
     while time.monotonic() < deadline:
-        num_open = sum(each.drain() for each in ingresses)
-        if not num_open:
+        answers = [each.drain() for each in ingresses]
+        if None not in answers:
+            heard_at = time.monotonic()
+        num_open = sum(filter(None, answers))
+        if not num_open and (None not in answers or time.monotonic() - heard_at > NOBODY_S):
             break
         if num_open != said:
             say(f"[Serve] {num_open} requests are open")
@@ -47,15 +52,16 @@ class _Ingresses:
         self._handle = serve.get_app_handle(app)
         self._handle._init(_run_router_in_separate_loop=True)  # no loop runs here
 
-    def drain(self) -> int:
-        """Asked again and again: Serve may have replaced one since. Returns what is open."""
+    def drain(self) -> int | None:
+        """Returns what is open; None: nobody answers. Asked again and again, as Serve may have
+        replaced an ingress meanwhile."""
         try:
             answers = self._handle.broadcast("drain").results(
                 timeout_s=ANSWER_TIMEOUT_S, return_exceptions=True
             )
         except (DeploymentUnavailableError, TimeoutError) as error:
-            logger.warning("[Drain] no ingress answers: %r", error)
-            return 0
+            logger.info("[Drain] no ingress answers: %r", error)
+            return None
         return sum(answer for answer in answers if isinstance(answer, int))
 
 
