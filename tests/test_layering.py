@@ -40,6 +40,9 @@ def _rule(may: str | None, never: str) -> Rule:
 
 
 CONTRACTS = "errors outputs sampling_params"
+DEPLOYMENTS_MAY = _ours(
+    f"{CONTRACTS} build config api metrics tokenizer block_hash engine.async_engine"
+) | {TW + "kernels.machine", "optimizer.task"}
 RULES = {
     TW + "engine": _rule(f"{CONTRACTS} config block_hash tokenizer", "torch transformers"),
     TW + "runner": _rule(
@@ -52,11 +55,8 @@ RULES = {
     TW + "bench": _rule(None, ""),
     TW + "cli": Rule(None, frozenset()),
     "torchweave_ray": _rule(None, ""),
-    "deployments": Rule(
-        _ours(f"{CONTRACTS} build config api metrics tokenizer block_hash engine.async_engine")
-        | {TW + "kernels.machine", "optimizer.task"},
-        frozenset({"torch"}),
-    ),
+    "deployments": Rule(DEPLOYMENTS_MAY, frozenset({"torch"})),
+    "deployments.bench": Rule(DEPLOYMENTS_MAY | _ours("bench.transport"), frozenset({"torch"})),
     "optimizer": Rule(_ours("models kernels attention errors"), frozenset({"ray", "deployments"})),
     "optimizer.task": Rule(_ours("models kernels attention errors"), frozenset({"deployments"})),
 }

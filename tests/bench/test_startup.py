@@ -127,7 +127,7 @@ def test_the_model_and_an_empty_app_start_alike(
         ("haproxy", "model", 5.5),
     ]
     (empty, values), (model, none), *_ = servers
-    assert values["applications"][0]["import_path"] == "deployments.empty_app:app"
+    assert values["applications"][0]["import_path"] == "deployments.bench.empty_app:app"
     assert none is None
     assert model == ("--artifact", str(artifact), *empty[1:])
     assert "ready haproxy model: 5.50 s" in result.stderr

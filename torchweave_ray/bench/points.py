@@ -54,6 +54,8 @@ class Point:
     itl_ms: Percentiles | None
     tpot_ms: Percentiles | None
     request_ms: Percentiles | None
+    texts_s: float = 0.0
+    """Arrivals of text a second: fewer than tokens where a server merges some."""
     client_cpu_ms_per_token: float | None = None
     server_cpu_ms_per_token: float | None = None
 
@@ -98,6 +100,7 @@ def summarize(
             ]
         ),
         request_ms=_percentiles([r.ended_at - r.sent_at for r in good]),
+        texts_s=sum(len(r.text_times) for r in good) / wall_s if wall_s > 0 else 0.0,
         client_cpu_ms_per_token=per_token(client_cpu_s),
         server_cpu_ms_per_token=per_token(server_cpu_s),
     )

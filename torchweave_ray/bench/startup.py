@@ -61,7 +61,7 @@ def first_token(artifact: Path, options: Mapping[str, Any], run: int) -> Line:
 def ready(model: str, profile: str, app: str, run: int) -> Line:
     """Seconds from the start of `torchweave serve` to its first 200 of /readyz."""
     with tempfile.TemporaryDirectory() as folder:
-        empty = _written(Path(folder), _application("deployments.empty_app:app", {}))
+        empty = _written(Path(folder), _application("deployments.bench.empty_app:app", {}))
         chosen = serve_options(model) if app == "model" else (str(empty),)
         with started_server((*chosen, "--no-dashboard", *PROFILES[profile])) as server:
             line = {"measure": "ready", "profile": profile, "app": app, "run": run}

@@ -9,6 +9,7 @@ from torchweave_ray.cli.bench_kernels import kernels
 from torchweave_ray.cli.bench_routing import routing
 from torchweave_ray.cli.bench_scenarios import interference, prefix
 from torchweave_ray.cli.bench_startup import startup
+from torchweave_ray.cli.bench_transport import transport
 from torchweave_ray.cli.doctor import doctor
 from torchweave_ray.cli.generate import generate
 from torchweave_ray.cli.optimize import optimize
@@ -34,6 +35,7 @@ def build_app() -> typer.Typer:
     bench.command()(interference)
     bench.command()(routing)
     bench.command()(startup)
+    bench.command()(transport)
     bench.command()(kernels)
     app.add_typer(bench, name="bench")
     return app

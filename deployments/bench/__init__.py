@@ -1,0 +1,1 @@
+"""Applications that only `torchweave bench` deploys."""

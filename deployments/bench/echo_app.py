@@ -1,0 +1,89 @@
+"""The application as it is, with an engine that has no model: what `bench transport` measures.
+
+`default_path` undoes what makes our path cheap: one event loop, gRPC between ingress and replica.
+No `from __future__ import annotations` here: Serve reads the builder's annotation as a class.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from deployments.app import MAX_ONGOING_REQUESTS, SAME_LOOP, deployment_name
+from deployments.args import ModelArgs, StrictModel
+from deployments.ingress import Ingress, IngressConfig
+from deployments.placement import Placement
+from deployments.replica import ModelReplica, ReplicaConfig
+from torchweave_ray.api.settings import ApiSettings
+from torchweave_ray.config import EngineConfig
+
+if TYPE_CHECKING:
+    from torchweave_ray.build import LoadedModel
+
+MODEL = "echo"
+OUR_TRANSPORT = ("_by_reference", "request_serialization", "response_serialization")
+
+
+class EchoArgs(StrictModel):
+    step_ms: float = Field(default=25.0, ge=0)
+    bus: bool = True
+    default_path: bool = False
+
+
+class EchoReplica(ModelReplica):
+    async def __init__(self, config: ReplicaConfig, step_s: float) -> None:  # type: ignore[misc]
+        self._step_s = step_s
+        with tempfile.TemporaryDirectory() as folder:
+            self._folder = Path(folder)
+            await super().__init__(config)  # type: ignore[misc]  # Serve's __init__ is awaited
+
+    def _load(self, config: ReplicaConfig, engine_config: EngineConfig) -> "LoadedModel":
+        from torchweave_ray.bench.transport.echo import load_echo
+
+        return load_echo(self._step_s, self._folder)
+
+
+class DefaultHandle:
+    """A handle that keeps Serve's own transport, whatever a caller chooses."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def options(self, **chosen: Any) -> "DefaultHandle":
+        kept = {name: value for name, value in chosen.items() if name not in OUR_TRANSPORT}
+        return DefaultHandle(self._handle.options(**kept))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+
+class DefaultIngress(Ingress):
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: IngressConfig, models: Mapping[str, DeploymentHandle[Any]]
+    ) -> None:
+        handles: Any = {model: DefaultHandle(handle) for model, handle in models.items()}
+        await super().__init__(config, handles)  # type: ignore[misc]
+
+
+def build(args: EchoArgs) -> Application:
+    # Every prompt is done in its first step, as in the process that is compared with it.
+    scheduler = {"max_num_seqs": 256, "max_num_batched_tokens": 16_384}
+    model = ModelArgs(id=MODEL, artifact=MODEL, threads=1, engine={"scheduler": scheduler})
+    environment = {} if args.default_path else SAME_LOOP
+    options: dict[str, Any] = {
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "logging_config": {"enable_access_log": False},
+        "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}},
+    }
+    replica = serve.deployment(EchoReplica).options(name=deployment_name(MODEL), **options)
+    ingress = serve.deployment(DefaultIngress if args.default_path else Ingress)
+    config = ReplicaConfig(model, Placement(0.1, 0, 1), None)
+    return ingress.options(name="Ingress", **options).bind(
+        IngressConfig(ApiSettings(), args.bus),
+        {MODEL: replica.bind(config, args.step_ms / 1e3)},
+    )

@@ -1,0 +1,1 @@
+"""What a token costs on its way: the paths, an engine without a model, and the measuring."""
