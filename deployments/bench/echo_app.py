@@ -1,6 +1,6 @@
 """The application as it is, with an engine that has no model: what `bench transport` measures.
 
-`default_path` undoes what makes our path cheap: one event loop, gRPC between ingress and replica.
+`default_path` undoes what is ours: one event loop, gRPC between ingress and replica, the router.
 No `from __future__ import annotations` here: Serve reads the builder's annotation as a class.
 """
 
@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from deployments.app import MAX_ONGOING_REQUESTS, SAME_LOOP, deployment_name
+from deployments.app import MAX_ONGOING_REQUESTS, SAME_LOOP, _router, deployment_name
 from deployments.args import ModelArgs, StrictModel
 from deployments.ingress import Ingress, IngressConfig
 from deployments.placement import Placement
@@ -40,7 +40,7 @@ class EchoReplica(ModelReplica):
         self._step_s = step_s
         with tempfile.TemporaryDirectory() as folder:
             self._folder = Path(folder)
-            await super().__init__(config)  # type: ignore[misc]  # Serve's __init__ is awaited
+            await super().__init__(config)
 
     def _load(self, config: ReplicaConfig, engine_config: EngineConfig) -> "LoadedModel":
         from torchweave_ray.bench.transport.echo import load_echo
@@ -67,7 +67,7 @@ class DefaultIngress(Ingress):
         self, config: IngressConfig, models: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
         handles: Any = {model: DefaultHandle(handle) for model, handle in models.items()}
-        await super().__init__(config, handles)  # type: ignore[misc]
+        await super().__init__(config, handles)
 
 
 def build(args: EchoArgs) -> Application:
@@ -80,7 +80,10 @@ def build(args: EchoArgs) -> Application:
         "logging_config": {"enable_access_log": False},
         "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}},
     }
-    replica = serve.deployment(EchoReplica).options(name=deployment_name(MODEL), **options)
+    routing = {} if args.default_path else {"request_router_config": _router()}
+    replica = serve.deployment(EchoReplica).options(
+        name=deployment_name(MODEL), **options, **routing
+    )
     ingress = serve.deployment(DefaultIngress if args.default_path else Ingress)
     config = ReplicaConfig(model, Placement(0.1, 0, 1), None)
     return ingress.options(name="Ingress", **options).bind(

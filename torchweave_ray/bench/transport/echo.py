@@ -33,9 +33,10 @@ END = "<|end|>"
 MODEL = "echo"
 NUM_BLOCKS = 8192
 MAX_MODEL_LEN = 4096
-ECHO_SCHEDULER = {"max_num_seqs": 256, "max_num_batched_tokens": 16_384}
+ECHO_ENGINE = EngineConfig(
+    scheduler=SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=16_384)
+)
 """Wide enough for every prompt to be done in its first step."""
-ECHO_ENGINE = EngineConfig(scheduler=SchedulerConfig(**ECHO_SCHEDULER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ def load_echo(step_s: float, folder: Path) -> LoadedModel:
     tokenizer = byte_tokenizer()
     tokenizer.save(str(folder / TOKENIZER_FILE))
     end = tokenizer.token_to_id(END)
+    assert end is not None
     limits = RuntimeLimits(
         NUM_BLOCKS,
         ECHO_ENGINE.cache.block_size,
