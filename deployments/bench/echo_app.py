@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torchweave_ray.build import LoadedModel
 
 MODEL = "echo"
+LONGEST_STREAM_S = 60.0
 OUR_TRANSPORT = ("_by_reference", "request_serialization", "response_serialization")
 
 
@@ -77,6 +78,7 @@ def build(args: EchoArgs) -> Application:
     environment = {} if args.default_path else SAME_LOOP
     options: dict[str, Any] = {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_timeout_s": LONGEST_STREAM_S,
         "logging_config": {"enable_access_log": False},
         "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}},
     }
@@ -87,6 +89,6 @@ def build(args: EchoArgs) -> Application:
     ingress = serve.deployment(DefaultIngress if args.default_path else Ingress)
     config = ReplicaConfig(model, Placement(0.1, 0, 1), None)
     return ingress.options(name="Ingress", **options).bind(
-        IngressConfig(ApiSettings(), args.bus),
+        IngressConfig(ApiSettings(), args.bus, LONGEST_STREAM_S),
         {MODEL: replica.bind(config, args.step_ms / 1e3)},
     )
