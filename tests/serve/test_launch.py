@@ -112,6 +112,30 @@ def test_closed_loop_clients_at_sigterm(tmp_path: Path, artifact: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_two_servers_on_one_host(tmp_path: Path, artifact: Path) -> None:
+    """Each with its own Ray and HAProxy; one stops, and the other one does not notice."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    first, second = (Server(folder, artifact) for folder in folders)
+    try:
+        for server in (first, second):
+            wait_until(lambda server=server: server.says("[Serve] try:"), 120)
+        expected = first.client.text(PROMPT, max_tokens=400, ignore_eos=True)
+        stream = second.client.stream(PROMPT, max_tokens=400, ignore_eos=True)
+        pieces = stream.pieces()
+        text = next(pieces)
+        first.process.terminate()
+        assert first.process.wait(60) == 0
+        assert text + "".join(pieces) == expected
+        assert second.client.text(PROMPT, max_tokens=400, ignore_eos=True) == expected
+    finally:
+        first.stop()
+        second.stop()
+
+
+@pytest.mark.ray
 def test_a_model_that_cannot_be_served_ends_it_with_the_reason(
     tmp_path: Path, artifact: Path
 ) -> None:
