@@ -29,11 +29,11 @@ LOAD_RATIO = 1.25
 are. However good a match is, it never makes one replica much busier than the others."""
 KV_FULL = 0.9
 """Share of KV blocks held by sequences from which on a replica counts as crowded."""
-HOME_TOKENS = 2 * REQUEST_TOKENS
+HOME_TOKENS = REQUEST_TOKENS
 HOME_SHARE = 1.25
 """A beginning that nobody has goes to its home by hash, which all ingresses agree on, unless that
-would give one replica more than this many times its fair share (consistent hashing with bounded
-loads, Mirrokni et al. 2018)."""
+is busier than another or would get more than this many times its fair share (consistent hashing
+with bounded loads, Mirrokni et al. 2018)."""
 ANCHOR_TOKENS = 64
 """A prompt's home is that of its first tokens: later turns of a conversation keep it."""
 NUM_SESSIONS = 10_000
