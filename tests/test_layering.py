@@ -39,7 +39,7 @@ def _rule(may: str | None, never: str) -> Rule:
     return Rule(None if may is None else _ours(may), frozenset(never.split()) | UPPER)
 
 
-CONTRACTS = "errors outputs sampling_params"
+CONTRACTS = "errors outputs sampling_params stream_origin"
 DEPLOYMENTS_MAY = _ours(
     f"{CONTRACTS} build config api metrics tokenizer block_hash engine.async_engine"
 ) | {TW + "kernels.machine", "optimizer.task"}
@@ -62,7 +62,16 @@ RULES = {
 }
 """The longest matching name decides. Leaf modules of torchweave_ray follow its own row."""
 
-LEAVES = ("errors", "sampling_params", "outputs", "block_hash", "config", "tokenizer", "metrics")
+LEAVES = (
+    "errors",
+    "sampling_params",
+    "stream_origin",
+    "outputs",
+    "block_hash",
+    "config",
+    "tokenizer",
+    "metrics",
+)
 """What everybody may import must itself import nothing but leaves, and no torch."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torchweave_ray.sampling_params import SamplingParams
+from torchweave_ray.stream_origin import StreamOrigin
 
 
 class FinishReason(enum.StrEnum):
@@ -30,10 +31,7 @@ class Late(enum.StrEnum):
 
 
 class Deadline(float):
-    """A moment on this process's monotonic clock.
-
-    Machines' clocks differ, so what is pickled is the time left, counted anew where it arrives.
-    """
+    """A moment on this process's clock; pickled as the time left, as machines' clocks differ."""
 
     __slots__ = ()
 
@@ -84,28 +82,6 @@ class RoutingHint:
     session: str = ""
     avoid: tuple[str, ...] = ()
     """Replicas that refused this request or were lost with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamOrigin:
-    """The call whose stream a request is part of: enough for any ingress to make it again."""
-
-    call_id: str
-    """Unguessable: whoever knows it may read the stream."""
-    path: str
-    body: bytes
-    """As the client sent it; of the call's first request only."""
-    created: int
-    """Unix seconds that the answer shows."""
-    keep_s: float
-    """How long after its end the stream can be opened again."""
-    index: int
-    """Of this request among the call's."""
-    num_requests: int
-    request_id: str
-    """This and the next: what the request had before choices of it went on elsewhere."""
-    n: int
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from torchweave_ray.outputs import GenerateRequest, StreamOrigin
+from torchweave_ray.outputs import GenerateRequest
+from torchweave_ray.stream_origin import StreamOrigin
 
 MAX_RECORDS = 4096
 MAX_BYTES = 64 << 20

@@ -27,7 +27,8 @@ from torchweave_ray.api.streams.event_ids import (
 from torchweave_ray.api.streams.records import whole
 from torchweave_ray.api.streams.writers import CatchingUp, NumberedWriter
 from torchweave_ray.errors import InvalidRequest, RequestNotFound
-from torchweave_ray.outputs import GenerateRequest, StreamOrigin
+from torchweave_ray.outputs import GenerateRequest
+from torchweave_ray.stream_origin import StreamOrigin
 
 if TYPE_CHECKING:
     from torchweave_ray.api.endpoint import Call, Endpoint

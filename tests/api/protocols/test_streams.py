@@ -6,19 +6,24 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
-from tests.api.conftest import TEMPLATE
+from tests.api.conftest import TEMPLATE, Server
 from tests.api.test_fields import MESSAGES, WEATHER
 from tests.fakes import FakeBackend, Script
 from tests.tiny import make_tokenizer
 from torchweave_ray.api.app import create_app
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.api.streams.records import StreamRecords
-from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
+from torchweave_ray.errors import Unavailable
+from torchweave_ray.outputs import FinishReason, GenerateRequest, RequestOutput, merge_outputs
+from torchweave_ray.sampling_params import SamplingParams
+from torchweave_ray.stream_origin import StreamOrigin
 from torchweave_ray.tokenizer import Tokenizer
 
 PIECES = ("Gra", "vity", "\n\n", "pulls", " 😀", "", " us.")
@@ -188,7 +193,15 @@ def _leaves(value: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
         yield key, value
 
 
-_GROWING = ("text", "content", "reasoning_content", "arguments", "delta", "thinking", "partial_json")
+_GROWING = (
+    "text",
+    "content",
+    "reasoning_content",
+    "arguments",
+    "delta",
+    "thinking",
+    "partial_json",
+)
 
 
 @pytest.mark.parametrize(("merged", "then"), [(1, 2), (1, 99), (3, 1), (2, 3), (99, 1)])
@@ -217,3 +230,160 @@ def test_a_second_run_in_other_steps_says_the_same(
         if path == RESPONSES:
             data = [json.loads(event.partition(b"data: ")[2]) for _, event in rest]
             assert [each["sequence_number"] for each in data] == [n - 1 for n in numbers]
+
+
+def test_the_official_client_passes_over_ids(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == "Gravity pulls."
+    body = {"prompt": "abc", "stream": True}
+    raw = httpx.post(f"{server.url}/v1/completions", json=body).content
+    assert len(events_of(raw)) == raw.count(b"data: ")
+
+
+def test_what_does_not_fit_is_refused(runner: asyncio.Runner) -> None:
+    cluster = Cluster(PIECES, runner)
+    whole = events_of(cluster.open(COMPLETIONS, {"prompt": "abc"}))
+    (first, _), (second, _), *_ = whole
+    stream_id, number, place = second.split(":")
+    tokens, chars, checksum = place.split(".")
+    cases = {
+        "rubbish": None,
+        f"{'0' * 32}:{number}:{place}": None,
+        f"{stream_id}:{number}:{place},{place}": "does_not_fit",
+        f"{stream_id}:{number}:{tokens}.{chars}.{int(checksum) + 1}": "does_not_fit",
+        f"{stream_id}:{number}:{tokens}.{int(chars) + 1}.{checksum}": "does_not_fit",
+        f"{stream_id}:{number}:9999.{chars}.{checksum}": "does_not_fit",
+        f"{stream_id}:{number}:{place}e": "does_not_fit",
+        f"{stream_id}:{number}:{place}:end.1": "does_not_fit",
+        f"{stream_id}:1:{place}:0.1.1.2": "does_not_fit",
+        f"{stream_id}:{number}:{place}:7.1.1.1": "does_not_fit",
+    }
+    for event_id, code in cases.items():
+        headers = {"Last-Event-ID": event_id}
+        refused = cluster.call("GET", f"/v1/streams/{stream_id}", headers=headers)
+        assert refused.status_code == 400, event_id
+        error = refused.json()["error"]
+        assert (error["param"], error["code"]) == ("Last-Event-ID", code), event_id
+    by_query = cluster.call("GET", f"/v1/streams/{stream_id}?last_event_id={second}")
+    assert events_of(by_query.content) == whole[2:]
+    headers = {"Last-Event-ID": first}
+    both = cluster.call("GET", f"/v1/streams/{stream_id}?last_event_id={second}", headers=headers)
+    assert both.status_code == 400
+    for unknown in ("0" * 32, "x", stream_id[:31]):
+        missing = cluster.call("GET", f"/v1/streams/{unknown}")
+        assert (missing.status_code, missing.json()["error"]["param"]) == (404, "stream_id")
+        assert unknown in missing.json()["error"]["message"]
+
+
+def test_another_text_is_not_joined_to_what_the_client_has(runner: asyncio.Runner) -> None:
+    cluster = Cluster(PIECES, runner)
+    event_id = events_of(cluster.open(COMPLETIONS, {"prompt": "abc"}))[3][0]
+    cluster.script = Script(pieces=("Gra", "vita", "\n\n", "pulls", " 😀", "", " us."))
+    refused = cluster.resume(event_id)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "does_not_fit")
+
+
+def test_a_client_comes_again_while_its_stream_still_runs(runner: asyncio.Runner) -> None:
+    """The run that it has lost is ended, and the other is whole; at either ingress."""
+
+    async def run(cluster: Cluster, is_same: bool) -> None:
+        gate = asyncio.Event()
+        cluster.script = Script(pieces=PIECES, gates={3: gate})
+        first = cluster.ingress()
+        second = first if is_same else cluster.ingress()
+        body = {"prompt": "abc", "stream": True}
+        old = asyncio.create_task(ask(first, "POST", COMPLETIONS, json=body))
+        await cluster.on_request.wait()
+        stream_id = cluster.requests[0].request_id.removeprefix("cmpl-")
+        new = asyncio.create_task(ask(second, "GET", f"/v1/streams/{stream_id}"))
+        while len(cluster.requests) < 2:
+            await asyncio.sleep(0)
+        assert cluster.stopped == ([] if is_same else [stream_id])
+        gate.set()
+        text = (await new).content
+        again, had = events_of(text), (await old).content
+        assert b'"finish_reason":"stop"' in again[-2][1]
+        assert (b'"finish_reason":"abort"' in had) == is_same
+        assert cluster.requests[0].request_id in cluster.requests[1].request_id
+        assert cluster.requests[0].request_id != cluster.requests[1].request_id
+
+    for is_same in (True, False):
+        runner.run(run(Cluster(PIECES, runner), is_same))
+
+
+def test_an_aborted_or_failed_stream_goes_on_behind_its_last_id(runner: asyncio.Runner) -> None:
+    for script in (
+        Script(pieces=PIECES[:3], finish_reason=FinishReason.ABORT),
+        Script(pieces=PIECES[:3], failure=Unavailable("the replica was lost")),
+    ):
+        cluster = Cluster(PIECES, runner)
+        cluster.script = script
+        body = cluster.open(COMPLETIONS, {"prompt": "abc"})
+        last = [line[4:].decode() for line in body.split(b"\n") if line.startswith(b"id: ")][-1]
+        cluster.script = Script(pieces=PIECES)
+        text = "".join(
+            choice["text"]
+            for _, event in events_of(cluster.resume(last).content)
+            if b"[DONE]" not in event
+            for choice in json.loads(event.removeprefix(b"data: "))["choices"]
+        )
+        assert text == "".join(PIECES[3:])
+
+
+def test_streams_may_be_switched_off(runner: asyncio.Runner) -> None:
+    cluster = Cluster(PIECES, runner)
+    ingress = cluster.ingress(stream_keep_s=0.0)
+    body = {"prompt": "abc", "stream": True}
+    response = runner.run(ask(ingress, "POST", COMPLETIONS, json=body))
+    assert b"id: " not in response.content
+    assert "x-stream-id" not in response.headers
+    assert cluster.requests[0].origin is None
+
+
+def test_records_expire_and_are_bounded() -> None:
+    now = 0.0
+    records = StreamRecords(max_records=3, max_bytes=100_000, clock=lambda: now)
+
+    def request(call_id: str, body: bytes = b"", **more: Any) -> GenerateRequest:
+        origin = StreamOrigin(call_id, NATIVE, body, 0, 10.0, 0, 1, call_id, 2, 7)
+        params = SamplingParams(seed=7)
+        return GenerateRequest(call_id, "m", (1,), params, n=2, origin=origin, **more)
+
+    with records.keep(request("a")):
+        now = 100.0
+        assert [each.request_id for each in records.recall("a")] == ["a"]
+    now = 109.0
+    assert records.recall("a")
+    now = 110.0
+    assert not records.recall("a")
+
+    choice = request("b", output_token_ids=(5, 6), emitted_chars=3)
+    choice = replace(choice, request_id="b.1.1", n=1, sampling=SamplingParams(seed=8))
+    with records.keep(choice), records.keep(choice):
+        pass
+    assert records.recall("b") == [request("b")]  # as it was first asked
+
+    with records.keep(request("c")), records.keep(request("d")):
+        with records.keep(request("e")):
+            assert not records.recall("b")  # one that has ended goes first
+        with records.keep(request("f", body=b"x" * 99_000)):
+            assert not records.recall("c")
+        assert not records.recall("e")
+
+
+def test_a_call_is_whole_or_unknown(runner: asyncio.Runner) -> None:
+    cluster = Cluster(PIECES, runner)
+    whole = events_of(cluster.open(COMPLETIONS, TWICE))
+    stream_id = whole[0][0][:32]
+    kept = cluster.records.recall(stream_id)
+    assert len(kept) == 2
+
+    async def half(call_id: str) -> list[GenerateRequest]:
+        return kept[1:]
+
+    cluster.recall = half  # type: ignore[method-assign]
+    assert cluster.call("GET", f"/v1/streams/{stream_id}").status_code == 404
