@@ -135,13 +135,15 @@ class EventIds:
         place.advance(delta)
         self._shown[choice] = str(place)
 
+    def mark_one(self, event: bytes) -> bytes:
+        """An event that shows all of a part."""
+        return self._id().encode() + event
+
     def mark(self, chunk: bytes, part: Part, num_had: int = 0) -> bytes:
         """The events that show a part, without the first `num_had`: the last needs no more than
         the place that the part led to."""
         if not chunk:
             return chunk
-        if chunk.count(b"\n\n") == 1 and not num_had:
-            return self._id().encode() + chunk
         inner = f":{part.choice}.{part.num_tokens}.{part.num_chars}."
         events = _cut(chunk)
         heads = [self._id(f"{inner}{i}") for i in range(1, len(events))]

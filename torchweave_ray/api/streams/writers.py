@@ -61,6 +61,8 @@ class NumberedWriter:
         choice = prompt_index * self._n + delta.index
         chunk = self._writer.output(prompt_index, output)
         self._ids.advance(choice, delta)
+        if chunk.count(b"\n\n") == 1:
+            return self._ids.mark_one(chunk)
         return self._ids.mark(chunk, Part(choice, len(delta.token_ids), len(delta.text)))
 
 
