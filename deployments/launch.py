@@ -21,9 +21,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
 
-from deployments.app import INGRESS_MARGIN_S, MODEL_REPLICA, deployment_name
-from deployments.args import DEFAULT_RECIPE, AppArgs, limits_of
-from deployments.drain.drain import drain
+from deployments.app import MODEL_REPLICA, deployment_name
+from deployments.args import DEFAULT_RECIPE, LONGEST_STREAM_S, AppArgs, limits_of
+from deployments.drain.drain import close_haproxy, drain, end_haproxy
 from deployments.environment import apply_environment
 from deployments.log import log_through_serve
 from deployments.status import the_error_in
@@ -131,9 +131,10 @@ class Launch:
             stop.wait()
             self._drain()
         finally:
+            # Not by way of Serve: without its applications a proxy answers for itself, with a 404.
             self._say("[Serve] stopping")
-            serve.shutdown()
             ray.shutdown()
+            end_haproxy()
         self._say("[Serve] stopped")
 
     def _timed(self, stage: str, action: Callable[[], None]) -> None:
@@ -209,19 +210,22 @@ class Launch:
                     yield name, described.startup_s
 
     def _drain(self) -> None:
-        running = list(serve.status().applications)
+        """Returns when nothing is open any more, and no new request can come."""
+        self._say("[Serve] draining: open streams are finished first, a second signal ends them")
+        running = set(serve.status().applications)
         ours = {
             app.name: AppArgs.model_validate(app.args).longest_stream_s
             for app in self._config.applications
-            if app.import_path == BUILDER
+            if app.import_path == BUILDER and app.name in running
         }
-        self._say("[Serve] draining: open streams are finished first, a second signal ends them")
-        longest_s = max(ours.values(), default=0.0)
-        deadline = time.monotonic() + longest_s + INGRESS_MARGIN_S
-        drain([name for name in ours if name in running], longest_s, self._say)
-        _get_global_client().delete_apps(running, blocking=False)
-        while time.monotonic() < deadline and serve.status().applications:
-            time.sleep(POLL_S)
+        longest_s = max(ours.values(), default=LONGEST_STREAM_S)
+        drain(list(ours), longest_s, self._say)
+        if others := running - ours.keys():
+            _get_global_client().delete_apps(list(others), blocking=False)
+            deadline = time.monotonic() + longest_s
+            while time.monotonic() < deadline and others & serve.status().applications.keys():
+                time.sleep(POLL_S)
+        close_haproxy()
 
 
 def _listed(seconds: Mapping[str, float]) -> str:

@@ -1,6 +1,6 @@
-"""Drains an application from outside: its ingresses refuse what is new, and end what is open.
+"""Drains applications from outside: their ingresses refuse what is new, and end what is open.
 
-Only then may the application be deleted: a replica that Serve stops would leave the calls of an
+Only then may anything be stopped: a replica that Serve stops would leave the calls of an
 ingress, to which kept-alive connections go on bringing requests, without anybody to answer them.
 """
 
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -41,8 +43,6 @@ def drain(apps: Sequence[str], timeout_s: float, say: Callable[[str], None]) -> 
             say(f"[Serve] {num_open} requests are open")
             said = num_open
         time.sleep(POLL_S)
-    if close_haproxy():
-        time.sleep(GOODBYE_S)
 
 
 class _Ingresses:
@@ -65,14 +65,12 @@ class _Ingresses:
         return sum(answer for answer in answers if isinstance(answer, int))
 
 
-def close_haproxy() -> bool:
-    """Have the HAProxy of this machine listen no more; False: there is none, or it is gone.
-
-    Without an application it would answer for itself, with errors that tell nothing.
-    """
+def close_haproxy() -> None:
+    """Have the HAProxy of this run listen no more, and close the connections that it keeps with
+    their next answer."""
     path = os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH")
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1" or not path:
-        return False
+        return
     try:
         with socket.socket(socket.AF_UNIX) as admin:
             admin.settimeout(2.0)
@@ -81,7 +79,19 @@ def close_haproxy() -> bool:
             answer = admin.recv(4096).strip()
     except OSError as error:
         logger.warning("[Drain] HAProxy at %s: %r", path, error)
-        return False
+        return
     if answer:
         logger.warning("[Drain] HAProxy: %s", answer.decode(errors="replace"))
-    return not answer
+    time.sleep(GOODBYE_S)
+
+
+def end_haproxy() -> None:
+    """Of a Ray that is gone, its HAProxy goes too. It is known by its file, this run's own."""
+    path = os.environ.get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", "")
+    for process in Path("/proc").glob("[0-9]*") if path else ():
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if path.encode() in words and Path(os.fsdecode(words[0])).name.startswith("haproxy"):
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # it has just ended
+            continue

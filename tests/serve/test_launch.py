@@ -83,7 +83,10 @@ def test_haproxy_profile_and_drain(tmp_path: Path, artifact: Path) -> None:
         assert stream.finish_reason == "length"
         assert server.process.wait(60) == 0
         assert "[Serve] stopped" in server.log.read_text()
-        assert not cluster.replica_pids("Ingress")
+        for pid in (ingress, replica):
+            wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
+        with pytest.raises(ConnectionRefusedError):
+            server.client.get("/health")
     finally:
         server.stop()
 
