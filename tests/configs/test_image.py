@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.args import LONGEST_STREAM_S
 from deployments.environment import VARIABLES
+from tests.configs.test_kuberay import LONGEST_DRAIN_S
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -90,7 +90,7 @@ def test_the_server_waits_for_the_optimizer_and_shares_its_volume() -> None:
         wait = services[name]["depends_on"]["optimizer"]["condition"]
         assert wait == "service_completed_successfully"
         assert services[name]["volumes"] == services["optimizer"]["volumes"]
-        assert float(services[name]["stop_grace_period"].removesuffix("s")) > LONGEST_STREAM_S
+        assert float(services[name]["stop_grace_period"].removesuffix("s")) > LONGEST_DRAIN_S
         # Both from one variable: what is staged is what is served.
         assert {"path": ".env", "required": False} in services[name]["env_file"]
     assert services["optimizer"]["command"][2] == "${HF_MODEL:-smollm2-135m}"

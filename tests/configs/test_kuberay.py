@@ -13,6 +13,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.app import INGRESS_MARGIN_S
 from deployments.args import LONGEST_STREAM_S, AppArgs, IngressArgs
 from deployments.placement import Cluster, place
 from tests.serve.cluster import CONFIG
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs/kuberay"
 CRD = ROOT.parent / "shared/data/ray.io_rayservices.crd.yaml"
 FILES = ("rayservice.yaml", "rayservice-gpu.yaml")
+LONGEST_DRAIN_S = LONGEST_STREAM_S + INGRESS_MARGIN_S
 GPU = {"device": "cuda", "num_gpus": 1}
 OF_ONE_RUN = ("PORT", "PATH", "LOC", "STATE", "MIN_DRAINING")
 """Parts of names: ports and files are a process's own; a pod keeps Ray's, and Ray's drain pause."""
@@ -115,10 +117,10 @@ def test_a_stopping_node_lets_its_streams_end(name: str) -> None:
     manifest = _load(name)
     for pod in _pods(manifest):
         drain = float(_environment(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-        assert LONGEST_STREAM_S < drain < pod["terminationGracePeriodSeconds"]
+        assert LONGEST_DRAIN_S < drain < pod["terminationGracePeriodSeconds"]
         # `ray stop` before the drain would kill the streams that it waits for.
         assert all("preStop" not in each.get("lifecycle", {}) for each in pod["containers"])
-    assert manifest["spec"]["rayClusterDeletionDelaySeconds"] > LONGEST_STREAM_S
+    assert manifest["spec"]["rayClusterDeletionDelaySeconds"] > LONGEST_DRAIN_S
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -12,10 +12,9 @@ import yaml
 from starlette.routing import Route
 from typer.main import get_command
 
-from deployments.args import LONGEST_STREAM_S
 from optimizer.task import check_recipe
 from tests.api.conftest import load_tokenizer
-from tests.configs.test_kuberay import crd_schema
+from tests.configs.test_kuberay import LONGEST_DRAIN_S, crd_schema
 from tests.fakes import FakeBackend
 from torchweave_ray.api.app import create_app
 from torchweave_ray.cli.app import build_app
@@ -79,9 +78,9 @@ def test_probes_ask_endpoints_of_the_server() -> None:
 
 def test_streams_end_before_the_pod_does() -> None:
     pause = float(SERVER["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pause + LONGEST_STREAM_S < POD["terminationGracePeriodSeconds"]
+    assert pause + LONGEST_DRAIN_S < POD["terminationGracePeriodSeconds"]
     (server,) = (each for each in ECS["containerDefinitions"] if each["name"] == "server")
-    assert server["stopTimeout"] > LONGEST_STREAM_S
+    assert server["stopTimeout"] > LONGEST_DRAIN_S
 
 
 def test_nobody_is_root() -> None:
