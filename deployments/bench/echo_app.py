@@ -17,8 +17,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments.app import MAX_ONGOING_REQUESTS, SAME_LOOP, _router, deployment_name
 from deployments.args import ModelArgs, StrictModel
 from deployments.ingress import Ingress, IngressConfig
-from deployments.placement import Placement
-from deployments.replica import ModelReplica, ReplicaConfig
+from deployments.placement import Placement, ReplicaConfig
+from deployments.replica import ModelReplica
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.config import EngineConfig
 
