@@ -26,7 +26,7 @@ def request_from(client: socket.socket) -> bytes:
     length = re.search(rb"content-length: (\d+)", head.lower())
     while length is not None and len(body) < int(length[1]):
         body += client.recv(1 << 16)
-    return head + b"\r\n\r\n" + body
+    return head + b"\r\nConnection: close\r\n\r\n" + body
 
 
 @contextmanager

@@ -69,8 +69,6 @@ def open_stream(
         return requests
     num_choices = sum(request.n for request in requests)
     last = call.resumed.last if call.resumed is not None else None
-    if last is not None and len(last.places) != num_choices:
-        raise does_not_fit()
     call.stream = OpenStream(num_choices, requests[0].n, last)
     for request in requests:
         call.stack.enter_context(service.streams.keep(request))
@@ -124,6 +122,8 @@ class StreamsApi:
         stream_id: str = request.path_params["stream_id"]
         last = _last_event_of(request, stream_id)
         requests = await self._requests(stream_id)
+        if last is not None and len(last.places) != sum(request.n for request in requests):
+            raise does_not_fit()
         origin = requests[0].origin
         assert origin is not None, "only requests with one are recorded"
         endpoint = self._endpoints[origin.path]
