@@ -76,15 +76,17 @@ def read(port: int, seed: int) -> Read:
         connection.request("POST", "/v1/completions", json.dumps(body))
         response = connection.getresponse()
         assert response.status == 200, response.read()
+        has_ended = False
         for raw in response:
             line = raw.decode().strip()
+            has_ended = has_ended or line == "data: [DONE]"
             if line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 assert "error" not in chunk, chunk
                 got.call_id = chunk["id"]
                 got.text += chunk["choices"][0]["text"]
                 got.times.append(time.monotonic())
-        assert line == "data: [DONE]", line
+        assert has_ended, "the stream was cut"
     finally:
         connection.close()
     return got
