@@ -23,7 +23,7 @@ POLL_S = 0.2
 ANSWER_TIMEOUT_S = 10.0
 NOBODY_S = 5.0
 """No ingress known for so long: there is none. A new handle learns of them in a moment."""
-GOODBYE_S = 0.5
+GOODBYE_S = 1.0
 """For connections that are kept alive to hear, with their next answer, that they are closed."""
 
 

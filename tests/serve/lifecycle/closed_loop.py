@@ -70,12 +70,12 @@ class ClosedLoop:
             response = connection.getresponse()
         except (http.client.RemoteDisconnected, ConnectionError):
             return "refused"  # not a byte of an answer: it is safe to ask again
+        if response.status == 503:  # says all that there is to say, whatever becomes of its body
+            return "503" if response.getheader("Retry-After") else "503 without Retry-After"
         try:
             raw = response.read().decode()
         except (TimeoutError, http.client.HTTPException, OSError) as error:
             return f"cut: {error!r}"
-        if response.status == 503:
-            return "503" if response.getheader("Retry-After") else "503 without Retry-After"
         if response.status != 200:
             return f"{response.status}: {raw[:200]}"
         events = [line.removeprefix("data: ") for line in raw.splitlines() if "data: " in line]

@@ -155,3 +155,23 @@ def _waits(each: Read, kills: list[float]) -> Iterator[float]:
     ]
     if after:
         yield max(after)
+
+
+def test_streams_that_were_resumed_leave_a_frozen_replica_too(port: int) -> None:
+    """By the handle, where nothing but its own signs of life tells of a replica that is silent."""
+    wait_until(lambda: len(cluster.replica_pids(TINY)) == 3 and cluster.is_running("torchweave"))
+    expected = {seed: read(port, seed).text for seed in range(3)}
+    pids = sorted(cluster.replica_pids(TINY))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        reads = [pool.submit(read, port, number % 3) for number in range(AT_ONCE)]
+        before = hit_by_kills()
+        time.sleep(0.3)
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until(lambda: hit_by_kills() > before or all(each.done() for each in reads))
+        assert not all(each.done() for each in reads), "they ended before the kill"
+        os.kill(pids[1], signal.SIGSTOP)
+        try:
+            for each in reads:
+                assert each.result(60).text == expected[each.result().seed]
+        finally:
+            os.kill(pids[1], signal.SIGKILL)
