@@ -184,6 +184,7 @@ def test_a_mistyped_recipe_is_told_before_ray_starts() -> None:
 
 def test_two_runs_on_one_host_share_nothing(tmp_path: Path) -> None:
     first, second = haproxy_profile(tmp_path / "a"), haproxy_profile(tmp_path / "b")
+    assert "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT" in first  # Serve's default would be one for all
     for name, value in first.items():
         if "PORT" in name and "DIRECT" not in name:
             assert value != second[name]

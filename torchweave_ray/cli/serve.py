@@ -106,7 +106,11 @@ def haproxy_profile(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(grpc - 1),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(grpc - 2),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(grpc - 3),
+        # Serve's own proxy stands behind HAProxy. On a fixed port it would share that with another
+        # server of this user, each answering for the other, and fail beside another user's.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(grpc - 3),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc - 4),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(grpc - 5),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(http + PORTS_OF_A_RUN - 1),
         # A reload must not cut the streams of the HAProxy process that it replaces.
