@@ -152,6 +152,11 @@ class Stream:
         self.usage: dict[str, Any] | None = None
 
     def pieces(self) -> Iterator[str]:
+        for _, text in self.indexed_pieces():
+            yield text
+
+    def indexed_pieces(self) -> Iterator[tuple[int, str]]:
+        """(choice's index, text)."""
         for raw in self.response:
             line = raw.decode().strip()
             if not line.startswith("data: ") or line == "data: [DONE]":
@@ -161,7 +166,7 @@ class Stream:
             self.usage = chunk.get("usage") or self.usage
             for choice in chunk["choices"]:
                 self.finish_reason = choice["finish_reason"] or self.finish_reason
-                yield choice["text"]
+                yield choice["index"], choice["text"]
         self.hang_up()
 
     def hang_up(self) -> None:
