@@ -158,10 +158,16 @@ class RayBackend:
         return any(True in answers for answers in await asyncio.gather(*asked))
 
     async def recall(self, call_id: str) -> list[GenerateRequest]:
-        """Requests of a call whose stream is to go on, asked of every replica."""
+        """Requests of a call whose stream is to go on, asked of every replica; Unavailable when
+        none has them and one did not answer, or a new handle knows none yet."""
         asked = (_ask_all(client, "recall", call_id) for client in self.clients.values())
-        lists = [each for answers in await asyncio.gather(*asked) for each in answers]
-        return [request for found in lists if isinstance(found, list) for request in found]
+        answers = [each or [None] for each in await asyncio.gather(*asked)]
+        lists = [each for of_model in answers for each in of_model]
+        found = [request for each in lists if isinstance(each, list) for request in each]
+        if not found and not all(isinstance(each, list) for each in lists):
+            reason = "not every replica has said whether it knows this stream"
+            raise Unavailable(reason, None, None, 1.0)
+        return found
 
     async def check_health(self) -> None:
         """Raises Unavailable, with the reason, when no replica of any model answers now."""
