@@ -161,12 +161,10 @@ class RayBackend:
         """Requests of a call whose stream is to go on, asked of every replica; Unavailable when
         none has them and one did not answer, or a new handle knows none yet."""
         asked = (_ask_all(client, "recall", call_id) for client in self.clients.values())
-        answers = [each or [None] for each in await asyncio.gather(*asked)]
-        lists = [each for of_model in answers for each in of_model]
+        lists = [each for of_model in await asyncio.gather(*asked) for each in of_model or [None]]
         found = [request for each in lists if isinstance(each, list) for request in each]
         if not found and not all(isinstance(each, list) for each in lists):
-            reason = "not every replica has said whether it knows this stream"
-            raise Unavailable(reason, None, None, 1.0)
+            raise Unavailable("a replica has not said whether it knows this", None, None, 1.0)
         return found
 
     async def check_health(self) -> None:
