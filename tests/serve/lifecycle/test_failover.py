@@ -71,7 +71,7 @@ def read(port: int, seed: int) -> Read:
     got = Read(seed)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     body = {"prompt": PROMPTS[seed % len(PROMPTS)], "seed": seed, "stream": True}
-    body |= {"max_tokens": 500, "ignore_eos": True, "temperature": 1.0}
+    body |= {"max_tokens": 250, "ignore_eos": True, "temperature": 1.0}
     try:
         connection.request("POST", "/v1/completions", json.dumps(body))
         response = connection.getresponse()
