@@ -41,7 +41,7 @@ def _rule(may: str | None, never: str) -> Rule:
 
 CONTRACTS = "errors outputs sampling_params stream_origin"
 DEPLOYMENTS_MAY = _ours(
-    f"{CONTRACTS} build config api metrics tokenizer block_hash engine.async_engine"
+    f"{CONTRACTS} build config api batch metrics tokenizer block_hash engine.async_engine"
 ) | {TW + "kernels.machine", "optimizer.task"}
 RULES = {
     TW + "engine": _rule(f"{CONTRACTS} config block_hash tokenizer", "torch transformers"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from torchweave_ray.cli.batch import batch
 from torchweave_ray.cli.bench import serving, throughput
 from torchweave_ray.cli.bench_kernels import kernels
 from torchweave_ray.cli.bench_routing import routing
@@ -26,6 +27,7 @@ def build_app() -> typer.Typer:
     )
     app.command()(serve)
     app.command()(generate)
+    app.command()(batch)
     app.command()(optimize)
     app.command()(doctor)
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)

@@ -1,0 +1,1 @@
+"""Offline batches over a Ray cluster."""
