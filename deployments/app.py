@@ -5,6 +5,7 @@ No `from __future__ import annotations` here: Serve reads the builder's annotati
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments.args import AppArgs, ModelArgs
+from deployments.autoscaling import SlotsKvBacklog
 from deployments.environment import apply_environment
 from deployments.ingress import Ingress, IngressConfig
 from deployments.log import log_through_serve
 from deployments.placement import Placement, ReplicaConfig, place, probe_cluster
 from deployments.replica import ModelReplica
 from deployments.router import PrefixRouter
+from torchweave_ray.config import EngineConfig
 
 INGRESS_MARGIN_S = 30.0
 """An ingress outlives its replicas, to tell its clients how their streams ended."""
@@ -45,7 +48,14 @@ def build(args: AppArgs) -> Application:
         model.name: _replica(model, placement, args)
         for model, placement in zip(args.models, placements, strict=True)
     }
-    config = IngressConfig(args.api_settings, args.ingress.bus, args.longest_stream_s)
+    settings = args.api_settings
+    settings = replace(settings, default_model=settings.default_model or args.models[0].name)
+    sleepers = tuple(
+        model.name
+        for model in args.models
+        if model.autoscaling is not None and model.autoscaling.min_replicas == 0
+    )
+    config = IngressConfig(settings, args.ingress.bus, args.longest_stream_s, sleepers)
     ingress = serve.deployment(Ingress).options(
         name="Ingress",
         num_replicas=args.ingress.num_replicas,
@@ -68,8 +78,11 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
     model = model.model_copy(update={"recipe": recipe, "artifact": _absolute(model.artifact)})
     deployment = serve.deployment(ModelReplica).options(
         name=deployment_name(model.name),
-        num_replicas=model.num_replicas,
-        ray_actor_options=_actor_options(placement.num_cpus, placement.num_gpus),
+        ray_actor_options=_actor_options(
+            placement.num_cpus, placement.num_gpus, model.accelerator_type
+        ),
+        **_number(model),
+        **_group(model, placement),
         max_constructor_retry_count=3,  # a bad artifact stays bad: say so soon
         **({"request_router_config": _router()} if model.router == "prefix" else {}),
         **_options(args.longest_stream_s),
@@ -94,8 +107,46 @@ def _options(longest_stream_s: float) -> dict[str, Any]:
     }
 
 
-def _actor_options(num_cpus: float, num_gpus: float) -> dict[str, Any]:
+def _number(model: ModelArgs) -> dict[str, Any]:
+    scaling = model.autoscaling
+    if scaling is None:
+        return {"num_replicas": model.num_replicas}
+    slots = EngineConfig.from_dict(model.engine).scheduler.max_num_seqs
+    policy = SlotsKvBacklog.__module__ + ":" + SlotsKvBacklog.__name__
+    kwargs = {
+        "target_load": scaling.target_load,
+        "max_backlog_tokens": scaling.max_backlog_tokens,
+        "slots": slots,
+    }
     return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            # Also of 0: an ingress has to see a replica once to know what the model is.
+            "initial_replicas": max(1, scaling.min_replicas),
+            "max_replicas": scaling.max_replicas,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "metrics_interval_s": scaling.interval_s,
+            "look_back_period_s": 5 * scaling.interval_s,
+            "policy": {"policy_function": policy, "policy_kwargs": kwargs},
+        }
+    }
+
+
+def _group(model: ModelArgs, placement: Placement) -> dict[str, Any]:
+    if model.placement_group is None:
+        return {}
+    return {
+        "placement_group_bundles": [dict(bundle) for bundle in placement.bundles],
+        "placement_group_strategy": model.placement_group.strategy,
+    }
+
+
+def _actor_options(
+    num_cpus: float, num_gpus: float, accelerator_type: str | None = None
+) -> dict[str, Any]:
+    kind = {} if accelerator_type is None else {"accelerator_type": accelerator_type}
+    return kind | {
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "runtime_env": {"env_vars": SAME_LOOP},

@@ -39,6 +39,50 @@ class StrictModel(BaseModel):
         return cls.__name__.removesuffix("Args").lower() + " args"
 
 
+class AutoscalingArgs(StrictModel):
+    """How many replicas, between two bounds: deployments/autoscaling.py decides."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    """0: an idle model gives back everything it holds; the next request waits until it is up."""
+    max_replicas: int = Field(ge=1)
+    target_load: float = Field(default=0.7, gt=0, le=1)
+    """Share of slots, or of KV blocks, that a replica should use."""
+    max_backlog_tokens: int = Field(default=8192, ge=1)
+    """Prompt tokens that may wait at a replica before another one is wanted."""
+    upscale_delay_s: float = Field(default=5, ge=0)
+    downscale_delay_s: float = Field(default=300, ge=0)
+    interval_s: float = Field(default=2, gt=0)
+    """Between two reports of a replica; a decision looks back at five of them."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> AutoscalingArgs:
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                f"autoscaling.max_replicas = {self.max_replicas} is below min_replicas = "
+                f"{self.min_replicas}"
+            )
+        return self
+
+
+class PlacementGroupArgs(StrictModel):
+    """Resources that are reserved together for each replica; it runs in the first bundle."""
+
+    bundles: tuple[dict[str, float], ...] = Field(min_length=1)
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+
+    @field_validator("bundles")
+    @classmethod
+    def _bundles(cls, bundles: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
+        for index, bundle in enumerate(bundles):
+            where = f"placement_group.bundles[{index}]"
+            if not bundle or not all(amount > 0 for amount in bundle.values()):
+                raise ConfigError(f"{where} must name resources, each above 0, got {bundle}")
+            for name in bundle:
+                if name.upper() in ("CPU", "GPU") and name != name.upper():
+                    raise ConfigError(f"{where}: Ray's name is {name.upper()}, not {name}")
+        return bundles
+
+
 class ModelArgs(StrictModel):
     """One model and the replicas that serve it."""
 
@@ -55,6 +99,11 @@ class ModelArgs(StrictModel):
     """GPUs a replica; None: 1, or an equal share where there are fewer GPUs than replicas."""
     num_cpus: float | None = Field(default=None, gt=0)
     """CPUs that Ray sets aside for a replica; None: its share of a node."""
+    accelerator_type: str | None = Field(default=None, min_length=1)
+    """A GPU of this kind only, by Ray's name for it (H100, A10G): the model then needs one."""
+    placement_group: PlacementGroupArgs | None = None
+    autoscaling: AutoscalingArgs | None = None
+    """In place of num_replicas."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a replica; None: the node's cores divided by its replicas."""
     router: Literal["prefix", "default"] = "prefix"
@@ -78,6 +127,37 @@ class ModelArgs(StrictModel):
         if self.recipe and self.artifact:
             raise ConfigError(f"model {self.name!r}: give a recipe or an artifact, not both")
         return self
+
+    @model_validator(mode="after")
+    def _one_count(self) -> ModelArgs:
+        if self.autoscaling is not None and "num_replicas" in self.model_fields_set:
+            raise ConfigError(f"model {self.name!r}: give num_replicas or autoscaling, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelArgs:
+        first = self.placement_group.bundles[0] if self.placement_group else {}
+        if self.device == "cpu":
+            for key in ("num_gpus", "accelerator_type"):
+                if getattr(self, key) is not None:
+                    raise ConfigError(f"model {self.name!r}: {key} needs a GPU, device is cpu")
+        if self.placement_group is not None:
+            for key, resource in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+                if (getattr(self, key) or 0) > first.get(resource, 0):
+                    raise ConfigError(
+                        f"model {self.name!r}: {key} = {getattr(self, key)} does not fit into the "
+                        f"first bundle of its placement_group, {first}"
+                    )
+            wants_gpu = self.device == "cuda" or self.accelerator_type is not None
+            if wants_gpu and "GPU" not in first:
+                raise ConfigError(
+                    f"model {self.name!r}: the first bundle of its placement_group has no GPU"
+                )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas
 
     @property
     def name(self) -> str:
@@ -131,6 +211,14 @@ class AppArgs(StrictModel):
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"two models have the id {name!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _default_model(self) -> AppArgs:
+        names = [model.name for model in self.models]
+        chosen = self.api_settings.default_model
+        if chosen is not None and chosen not in names:
+            raise ConfigError(f"api.default_model: no model {chosen!r}{nearest(chosen, names)}")
         return self
 
     @property

@@ -32,7 +32,7 @@ from torchweave_ray.api.grammar import wanted_of
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.errors import InvalidRequest, TorchWeaveError, nearest
-from torchweave_ray.outputs import Deadline, RequestOutput
+from torchweave_ray.outputs import Deadline, RequestOutput, merge_outputs
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Tokenizer
 
@@ -48,6 +48,8 @@ class IngressConfig:
     bus: bool
     longest_stream_s: float
     """How long Serve lets a replica that it stops finish its streams."""
+    sleepers: tuple[str, ...] = ()
+    """Models that autoscaling may leave without a replica."""
 
 
 @serve.ingress()
@@ -62,7 +64,7 @@ class Ingress:
         has_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
         self._backend = RayBackend(
             {
-                model: ModelClient(handle, config.longest_stream_s)
+                model: ModelClient(handle, config.longest_stream_s, model in config.sleepers)
                 for model, handle in models.items()
             },
             bus,
@@ -140,6 +142,13 @@ class Ingress:
             async with aclosing(self._backend.generate(request)) as outputs:
                 async for output in outputs:
                     yield output
+
+    async def complete(
+        self, prompt: str | Sequence[int] | None = None, **options: Any
+    ) -> RequestOutput:
+        """`generate` without streaming: all outputs as one, with a delta for each choice."""
+        async with aclosing(self.generate(prompt, **options)) as outputs:
+            return merge_outputs([output async for output in outputs])
 
     async def _load_tokenizer(self, model: str) -> Tokenizer:
         """One for HTTP and Python; read again only when reading it failed."""

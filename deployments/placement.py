@@ -8,6 +8,7 @@ divided by the replicas there.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Placement:
     num_gpus: float
     replicas_per_device: int
     """That share one GPU, or a node's cores and memory."""
+    bundles: tuple[Mapping[str, float], ...] = ()
+    """Of a placement group; the replica has the first one."""
 
 
 def probe_cluster() -> Cluster:
@@ -49,26 +52,48 @@ def place(args: AppArgs, cluster: Cluster) -> list[Placement]:
     """One placement a model."""
     gpu_models = [model for model in args.models if _wants_gpu(model, cluster)]
     cpu_models = [model for model in args.models if model not in gpu_models]
-    num_on_gpu = sum(model.num_replicas for model in gpu_models)
-    num_on_cpu = sum(model.num_replicas for model in cpu_models)
+    num_on_gpu = sum(model.most_replicas for model in gpu_models)
+    num_on_cpu = sum(model.most_replicas for model in cpu_models)
     gpu_share = _gpu_share(num_on_gpu, cluster)
     per_node = max(1, math.ceil(num_on_cpu / cluster.num_nodes))
     free = cluster.node_cpus - args.ingress.num_cpus * args.ingress.num_replicas - num_on_gpu
     cpu_share = _cpu_share(free, per_node)
     placements = []
     for model in args.models:
-        if model in gpu_models:
+        if model.placement_group is not None:
+            placements.append(_in_group(model, model in gpu_models, per_node))
+        elif model in gpu_models:
             share = model.num_gpus or gpu_share
-            sharing = max(1, math.floor(1 / share)) if share < 1 else 1
-            placements.append(Placement(model.num_cpus or 1, share, sharing))
+            placements.append(Placement(model.num_cpus or 1, share, _sharing(share)))
         else:
             placements.append(Placement(model.num_cpus or cpu_share, 0, per_node))
     return placements
 
 
+def _in_group(model: ModelArgs, on_gpu: bool, per_node: int) -> Placement:
+    """The replica takes what its bundle has; Ray looks for an accelerator's kind there too."""
+    assert model.placement_group is not None
+    first, *others = model.placement_group.bundles
+    if model.accelerator_type is not None:
+        first = {**first, f"accelerator_type:{model.accelerator_type}": 0.001}
+    gpus = (model.num_gpus or first["GPU"]) if on_gpu else 0
+    cpus = model.num_cpus or first.get("CPU", 0)
+    return Placement(cpus, gpus, _sharing(gpus) if on_gpu else per_node, (first, *others))
+
+
+def _sharing(num_gpus: float) -> int:
+    return max(1, math.floor(1 / num_gpus)) if num_gpus < 1 else 1
+
+
 def _wants_gpu(model: ModelArgs, cluster: Cluster) -> bool:
-    """`cuda` asks for a GPU even where there is none yet: an autoscaler may bring it."""
-    return model.device == "cuda" or (model.device == "auto" and cluster.num_gpus > 0)
+    """`cuda` asks for a GPU even where there is none yet: an autoscaler may bring it. So do a kind
+    of accelerator and a bundle with a GPU."""
+    if model.device == "cpu":
+        return False
+    if model.placement_group is not None:
+        return "GPU" in model.placement_group.bundles[0]
+    asks = model.device == "cuda" or model.accelerator_type is not None
+    return asks or cluster.num_gpus > 0
 
 
 def _gpu_share(num_replicas: int, cluster: Cluster) -> float:

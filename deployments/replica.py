@@ -15,6 +15,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from deployments.args import DEFAULT_RECIPE, limits_of
+from deployments.autoscaling import recorded
 from deployments.beats import with_beats
 from deployments.bus.sender import BusError, BusSender
 from deployments.calls import (
@@ -171,6 +172,12 @@ class ModelReplica:
     def record_routing_stats(self) -> dict[str, float]:
         """Asked by Serve, for the routers of all ingresses."""
         return routing_stats(self._engine.snapshot(), self._info.block_size)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the model is autoscaled, for deployments/autoscaling.py."""
+        stats = self._engine.snapshot()
+        sequences, slots = stats.num_running + stats.num_waiting, self._engine.max_num_seqs
+        return recorded(sequences, slots, stats.kv_usage, stats.num_waiting_tokens)
 
     async def ping(self) -> EngineFailed | None:
         """None when this replica can answer requests."""

@@ -7,7 +7,7 @@ import logging
 
 import ray
 from ray import serve
-from ray.serve.schema import ServeStatus
+from ray.serve.schema import DeploymentStatusOverview, ServeStatus
 
 logger = logging.getLogger(__name__)
 
@@ -17,22 +17,39 @@ MAX_CHARS = 600
 
 async def why_down(deployment: str) -> str | None:
     """None when there is nothing to tell, or nobody to ask."""
+    status = await _status()
+    return None if status is None else message_of(status, deployment)
+
+
+async def is_asleep(deployment: str) -> bool:
+    """Whether it has no replica that runs, and nothing keeps it from getting one."""
+    status = await _status()
+    overview = None if status is None else overview_of(status, deployment)
+    if overview is None or overview.replica_states.get("RUNNING", 0):
+        return False
+    return overview.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
+
+
+async def _status() -> ServeStatus | None:
     if not ray.is_initialized():
         return None
     try:
-        status = await asyncio.wait_for(asyncio.to_thread(serve.status), TIMEOUT_S)
+        return await asyncio.wait_for(asyncio.to_thread(serve.status), TIMEOUT_S)
     except Exception as error:
-        logger.warning("[Health] the controller does not say why: %r", error)
+        logger.warning("[Health] the controller does not answer: %r", error)
         return None
-    return message_of(status, deployment)
+
+
+def overview_of(status: ServeStatus, deployment: str) -> DeploymentStatusOverview | None:
+    for application in status.applications.values():
+        if deployment in application.deployments:
+            return application.deployments[deployment]
+    return None
 
 
 def message_of(status: ServeStatus, deployment: str) -> str | None:
-    for application in status.applications.values():
-        found = application.deployments.get(deployment)
-        if found is not None and found.message:
-            return the_error_in(found.message)
-    return None
+    overview = overview_of(status, deployment)
+    return the_error_in(overview.message) if overview is not None and overview.message else None
 
 
 def the_error_in(message: str) -> str:

@@ -81,6 +81,9 @@ class Ready:
     async def models(self) -> list[ModelInfo]:
         return [self._info]
 
+    async def info(self, model: str) -> ModelInfo:
+        return self._info
+
     async def stats(self) -> dict[str, Stats]:
         return {}
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tests.tiny import EOS_TOKEN_ID, make_tokenizer
+from torchweave_ray.errors import Unavailable, model_not_found
 from torchweave_ray.outputs import (
     ChoiceDelta,
     FinishReason,
@@ -100,6 +101,14 @@ class FakeBackend:
 
     async def models(self) -> list[ModelInfo]:
         return self.infos
+
+    async def info(self, model: str) -> ModelInfo:
+        by_id = {info.id: info for info in self.infos}
+        if not by_id:
+            raise Unavailable("no model is served yet")
+        if model not in by_id:
+            raise model_not_found(model, by_id)
+        return by_id[model]
 
     async def stats(self) -> dict[str, Stats]:
         return {info.id: Stats() for info in self.infos}

@@ -72,6 +72,11 @@ class ModelNotFound(RequestError):
     type = "invalid_request_error"
 
 
+def model_not_found(name: str, served: Iterable[str]) -> ModelNotFound:
+    there_is = ", ".join(sorted(served))
+    return ModelNotFound(f"no model {name!r}; there is {there_is}", "model", "model_not_found")
+
+
 class RequestNotFound(RequestError):
     status = 404
     type = "invalid_request_error"

@@ -287,13 +287,13 @@ class Backend(Protocol):
         ...
 
     async def stop(self, call_id: str) -> bool:
-        """End every request whose id has this in it, wherever it came from, with "abort".
-
-        Request ids hold their call's own random id, 32 hex digits. False when there is none.
-        """
+        """End every request whose id has this call's own random one, 32 hex digits, in it, with
+        "abort", wherever it came from. False when there is none."""
         ...
 
     async def models(self) -> list[ModelInfo]: ...
+
+    async def info(self, model: str) -> ModelInfo: ...  # ModelNotFound, or Unavailable as it starts
 
     async def stats(self) -> dict[str, Stats]:
         """Stats by model id, summed over replicas."""

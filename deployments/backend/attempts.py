@@ -52,7 +52,9 @@ class ModelClient:
     """The calls of one model's deployment, each a handle configured once, as every handle opens
     a router and a long poll. gRPC with plain pickle: one server stream a request."""
 
-    def __init__(self, handle: Any, longest_stream_s: float) -> None:
+    def __init__(self, handle: Any, longest_stream_s: float, may_sleep: bool = False) -> None:
+        """`may_sleep`: it may be scaled to no replica at all; a request wakes it."""
+        self.may_sleep = may_sleep
         self.handle = handle.options(
             _by_reference=False, request_serialization="pickle", response_serialization="pickle"
         )

@@ -26,8 +26,8 @@ from deployments.backend.hints import avoiding, with_hint
 from deployments.backend.progress import Progress
 from deployments.bus.listener import BusListener
 from deployments.calls import Alive, Description, EngineFailed
-from deployments.status import why_down
-from torchweave_ray.errors import InvalidRequest, ModelNotFound, RequestError, Unavailable
+from deployments.status import is_asleep, why_down
+from torchweave_ray.errors import InvalidRequest, RequestError, Unavailable, model_not_found
 from torchweave_ray.outputs import GenerateRequest, ModelInfo, OutputKind, RequestOutput, Stats
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ class RayBackend:
 
     async def models(self) -> list[ModelInfo]:
         """Models that a replica serves; Unavailable, with the reason, when there is none yet."""
-        ready = [task.result().info for task in self._descriptions.values() if _is_good(task)]
+        known = [self._descriptions[name] for name in self.clients if name in self._descriptions]
+        ready = [task.result().info for task in known if _is_good(task)]
         if ready:
             return ready
         found = await asyncio.gather(*map(self.describe, self.clients), return_exceptions=True)
@@ -123,6 +124,9 @@ class RayBackend:
         if not infos:
             raise next(each for each in found if isinstance(each, BaseException))
         return infos
+
+    async def info(self, model: str) -> ModelInfo:
+        return (await self.describe(model)).info
 
     async def describe(self, model: str, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Description:
         """Asked of a replica once and kept until one refuses a request for its artifact."""
@@ -138,8 +142,7 @@ class RayBackend:
             reason = f"no replica of {model} has answered within {timeout_s:g} s"
             raise Unavailable(f"{reason}: {why}" if why else reason, None, None, 5.0) from None
         except (RayActorError, DeploymentUnavailableError) as error:
-            reason = f"no replica of {model} can answer: {error}"
-            raise Unavailable(reason, None, None, 5.0) from None
+            raise Unavailable(f"no replica of {model} answers: {error}", None, None, 5.0) from None
 
     async def watch(self) -> None:
         """For ever: moves the streams that would outlive replicas which Serve stops."""
@@ -183,7 +186,9 @@ class RayBackend:
         return sums
 
     async def _ping(self, model: str, client: ModelClient) -> str | None:
-        """None, or why no replica of this model answers."""
+        """None, or why no replica answers. One that sleeps is not asked: that would wake it."""
+        if client.may_sleep and await is_asleep(client.handle.deployment_name):
+            return None
         response = client.ping.remote()
         try:
             async with asyncio.timeout(PING_TIMEOUT_S):
@@ -198,8 +203,7 @@ class RayBackend:
     def _client(self, model: str) -> ModelClient:
         client = self.clients.get(model)
         if client is None:
-            known = ", ".join(sorted(self.clients))
-            raise ModelNotFound(f"no model {model!r}; there is {known}", "model", "model_not_found")
+            raise model_not_found(model, self.clients)
         return client
 
     async def _first_attempt(

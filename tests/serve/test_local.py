@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import ray
 from ray import serve
 
 from deployments.app import build
 from deployments.args import AppArgs
 from tests.tiny import make_tiny_artifact
+from torchweave_ray.errors import ModelNotFound
 
 
 def test_it_answers_without_a_cluster(tmp_path: Path) -> None:
@@ -29,4 +31,29 @@ def test_it_answers_without_a_cluster(tmp_path: Path) -> None:
         assert output.usage.completion_tokens == 24
         texts.append(text)
     assert texts[0] == texts[1]
+    assert not ray.is_initialized()
+
+
+def test_several_models_and_unary_calls(tmp_path: Path) -> None:
+    """Options of scaling and placement are without effect: there is one replica each, here."""
+    engine = {"cache": {"kv_memory": 1 << 20}}
+    models = [
+        {"id": name, "artifact": str(make_tiny_artifact(tmp_path / name, seed=seed)), "threads": 1}
+        | {"engine": engine, **own}
+        for name, seed, own in (
+            ("a", 1, {"autoscaling": {"min_replicas": 0, "max_replicas": 3}}),
+            ("b", 2, {"placement_group": {"bundles": [{"CPU": 1}]}}),
+        )
+    ]
+    args = AppArgs.model_validate({"models": models, "api": {"default_model": "b"}})
+    handle = serve.run(build(args), name="local-two", _local_testing_mode=True)
+    asked = {"max_tokens": 12, "seed": 1, "ignore_eos": True}
+    texts = {}
+    for name in ("a", "b", None):
+        output = handle.complete.remote("the quick brown fox", model=name, **asked).result()
+        assert output.usage.completion_tokens == 12
+        texts[name] = output.deltas[0].text
+    assert texts[None] == texts["b"] != texts["a"]
+    with pytest.raises(ModelNotFound, match="there is a, b"):
+        handle.complete.remote("x", model="c").result()
     assert not ray.is_initialized()

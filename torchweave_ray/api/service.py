@@ -16,7 +16,7 @@ from torchweave_ray.api.grammar_checks import GrammarChecks
 from torchweave_ray.api.running import RunningRequests
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.api.streams.records import StreamRecords
-from torchweave_ray.errors import InvalidRequest, ModelNotFound, Unavailable
+from torchweave_ray.errors import InvalidRequest, Unavailable
 from torchweave_ray.outputs import Backend, GenerateRequest, ModelInfo, OutputKind
 from torchweave_ray.sampling_params import MAX_SEED, SamplingParams
 from torchweave_ray.tokenizer import Tokenizer
@@ -67,15 +67,8 @@ class Service:
 
     async def info(self, name: str | None) -> ModelInfo:
         """The model that a request names, or the default; raises ModelNotFound."""
-        infos = await self.infos()
         name = name if name is not None else self.settings.default_model
-        if name is None:
-            return infos[0]
-        for info in infos:
-            if info.id == name:
-                return info
-        served = ", ".join(info.id for info in infos)
-        raise ModelNotFound(f"no model {name!r}; there is {served}", "model", "model_not_found")
+        return await self.backend.info(name) if name is not None else (await self.infos())[0]
 
     async def model(self, name: str | None) -> Model:
         info = await self.info(name)

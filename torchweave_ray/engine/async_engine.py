@@ -28,6 +28,7 @@ from torchweave_ray.errors import (
     RequestError,
     TorchWeaveError,
     Unavailable,
+    model_not_found,
     nearest,
 )
 from torchweave_ray.outputs import (
@@ -149,12 +150,22 @@ class AsyncEngine:
     async def models(self) -> list[ModelInfo]:
         return [self._info]
 
+    async def info(self, model: str) -> ModelInfo:
+        if model != self._info.id:
+            raise model_not_found(model, [self._info.id])
+        return self._info
+
     async def stats(self) -> dict[str, Stats]:
         return {self._info.id: self.snapshot()}
 
     def snapshot(self) -> Stats:
         """Stats of this instant; counters may be a step apart."""
         return self._engine.stats()
+
+    @property
+    def max_num_seqs(self) -> int:
+        """As it is now: `update_limits` may have lowered it."""
+        return self._limits.max_num_seqs
 
     def update_limits(self, **changes: Any) -> None:
         """Change TUNABLE_LIMITS in place, within what the engine was started with.
