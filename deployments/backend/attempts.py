@@ -22,6 +22,7 @@ from deployments.calls import Alive, BusFailed, EngineFailed, Finished, Refused
 from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
 
+BROADCAST_TIMEOUT_S = 5.0
 START_S = 30.0
 """Longest wait of a request while no replica of its model runs."""
 TakenBy = Callable[[Alive], None]
@@ -64,6 +65,16 @@ class ModelClient:
         self.ping = self.handle.options(method_name="ping")
         called = (self.generate, self.generate_stream, self.describe)
         self.fleet = Fleet(lambda: running_replicas(called), longest_stream_s)
+
+    async def ask_all(self, method: str, *args: object) -> list[object]:
+        """What the replicas say, or the exceptions of those that do not; []: none was there."""
+        try:
+            answers: list[object] = await self.handle.broadcast(method, *args).results_async(
+                timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True
+            )
+        except (DeploymentUnavailableError, TimeoutError):
+            return []
+        return answers
 
 
 async def over_bus(

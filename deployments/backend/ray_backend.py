@@ -37,7 +37,6 @@ RESUME_WAIT_S = 0.2
 """Before the first resume; doubles with each, up to 2 s: a dead engine is replaced in seconds."""
 DESCRIBE_TIMEOUT_S = 30.0
 """Longest wait of a request for a model whose first replica is still starting."""
-BROADCAST_TIMEOUT_S = 5.0
 PING_TIMEOUT_S = 2.0
 MAX_CHUNK_INTERVAL_S = 0.05
 WATCH_S = 1.0
@@ -105,7 +104,7 @@ class RayBackend:
     async def _check_tokenizer(self, client: ModelClient, request: GenerateRequest) -> None:
         """Forget what the model was; raises Unavailable when it now reads text differently."""
         known = self._descriptions.pop(request.model, None)
-        answers = await _ask_all(client, "describe")
+        answers = await client.ask_all("describe")
         files = [each.files for each in answers if isinstance(each, Description)]
         if known is not None and _is_good(known):
             files.append(known.result().files)
@@ -150,20 +149,20 @@ class RayBackend:
             await asyncio.sleep(WATCH_S)
             for client in self.clients.values():
                 if client.fleet.look():
-                    answers = await _ask_all(client, "alive")
+                    answers = await client.ask_all("alive")
                     client.fleet.note([each for each in answers if isinstance(each, Alive)])
                     if self._bus is not None:
                         self._bus.move(client.fleet.must_move)
 
     async def stop(self, call_id: str) -> bool:
         """Every replica is asked: only they know the requests of all ingresses."""
-        asked = (_ask_all(client, "stop", call_id) for client in self.clients.values())
+        asked = (client.ask_all("stop", call_id) for client in self.clients.values())
         return any(True in answers for answers in await asyncio.gather(*asked))
 
     async def recall(self, call_id: str) -> list[GenerateRequest]:
         """Requests of a call whose stream is to go on, asked of every replica; Unavailable when
         none has them and one did not answer, or a new handle knows none yet."""
-        asked = (_ask_all(client, "recall", call_id) for client in self.clients.values())
+        asked = (client.ask_all("recall", call_id) for client in self.clients.values())
         lists = [each for of_model in await asyncio.gather(*asked) for each in of_model or [None]]
         found = [request for each in lists if isinstance(each, list) for request in each]
         if not found and not all(isinstance(each, list) for each in lists):
@@ -181,7 +180,7 @@ class RayBackend:
         """By model, summed over the replicas that answer."""
         sums: dict[str, Stats] = {}
         for model, client in self.clients.items():
-            answers = await _ask_all(client, "stats")
+            answers = await client.ask_all("stats")
             sums[model] = _sum([each for each in answers if isinstance(each, Stats)])
         return sums
 
@@ -277,17 +276,6 @@ class RayBackend:
         interval = min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S)
         if interval > 0:
             await asyncio.sleep(interval)
-
-
-async def _ask_all(client: ModelClient, method: str, *args: object) -> list[object]:
-    """What the replicas say, or the exceptions of those that do not; []: none could be asked."""
-    try:
-        answers: list[object] = await client.handle.broadcast(method, *args).results_async(
-            timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True
-        )
-    except (DeploymentUnavailableError, TimeoutError):
-        return []
-    return answers
 
 
 async def _ask(client: ModelClient) -> Description:
