@@ -81,7 +81,7 @@ def test_a_request_is_stopped_by_its_id(api: Api, stream: bool, prompts: int) ->
     assert answer.status_code == 200
     assert len(api.backend.aborted) == prompts
     if stream:
-        events = [e.removeprefix("data: ") for e in answer.text.split("\n\n")[:-1]]
+        events = [e.split("data: ", 1)[1] for e in answer.text.split("\n\n")[:-1]]
         assert events[-1] == "[DONE]"
         choices = [choice for e in events[:-1] for choice in json.loads(e)["choices"]]
         text = "".join(choice["text"] for choice in choices)

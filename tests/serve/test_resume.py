@@ -15,7 +15,7 @@ from deployments.backend.fleet import Fleet
 from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
 from deployments.bus.sender import BusError, BusSender, OutgoingStream
-from deployments.calls import BusFailed, CallResult, EngineFailed, Finished
+from deployments.calls import BusFailed, CallResult, Description, EngineFailed, Finished
 from torchweave_ray.errors import ModelNotFound, Overloaded, Unavailable
 from torchweave_ray.outputs import (
     ChoiceDelta,
@@ -92,6 +92,8 @@ class Replica:
     responses: list[Response] = field(default_factory=list)
     by_bus: int = 0
     step_s: float = 0.0
+    descriptions: list[Description] = field(default_factory=list)
+    """What all replicas say when they are asked what they are."""
     fleet: Fleet = field(default_factory=lambda: Fleet(lambda: frozenset({"r1"}), 1.0))
 
     def check(self, done: int) -> Any:
@@ -100,6 +102,10 @@ class Replica:
                 fault.times -= 1
                 return fault.act(self)
         return None
+
+    async def ask_all(self, method: str) -> list[Description]:
+        assert method == "describe"
+        return self.descriptions
 
     async def call(self, request: GenerateRequest, stream_id: int) -> AsyncGenerator[CallResult]:
         assert request.delivery is not None
