@@ -21,6 +21,8 @@ from torchweave_ray.outputs import GenerateRequest
 from torchweave_ray.tokenizer import Tokenizer
 
 T = TypeVar("T")
+PLAIN = {"stream_keep_s": 0.0}
+"""Events without ids: those are protocols/test_streams.py's."""
 TEMPLATE = "{{ preface | default('') }}" + CHAT_TEMPLATE
 TOKENIZER = Tokenizer(make_tokenizer(), {"chat_template": TEMPLATE})
 
@@ -38,7 +40,7 @@ class Api:
         self.app: Starlette = create_app(backend, load_tokenizer, settings)
 
     def configure(self, **settings: Any) -> None:
-        self.app = create_app(self.backend, load_tokenizer, ApiSettings(**settings))
+        self.app = create_app(self.backend, load_tokenizer, ApiSettings(**PLAIN | settings))
 
     def use_template(self, template: str, special_tokens: Sequence[str] = ()) -> None:
         backend = make_tokenizer()
@@ -48,7 +50,7 @@ class Api:
         async def load(model_id: str) -> Tokenizer:
             return tokenizer
 
-        self.app = create_app(self.backend, load, ApiSettings())
+        self.app = create_app(self.backend, load, ApiSettings(**PLAIN))
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(coroutine)
@@ -79,7 +81,7 @@ class Api:
 @pytest.fixture
 def api() -> Iterator[Api]:
     with asyncio.Runner() as runner:
-        yield Api(runner, FakeBackend(), ApiSettings())
+        yield Api(runner, FakeBackend(), ApiSettings(**PLAIN))
 
 
 class Server:
