@@ -7,7 +7,7 @@ import logging
 
 import ray
 from ray import serve
-from ray.serve.schema import DeploymentStatusOverview, ServeStatus
+from ray.serve.schema import DeploymentStatusOverview
 
 logger = logging.getLogger(__name__)
 
@@ -15,41 +15,31 @@ TIMEOUT_S = 2.0
 MAX_CHARS = 600
 
 
-async def why_down(deployment: str) -> str | None:
+async def why_down(deployment: str, app: str) -> str | None:
     """None when there is nothing to tell, or nobody to ask."""
-    status = await _status()
-    return None if status is None else message_of(status, deployment)
+    overview = await _overview(deployment, app)
+    return the_error_in(overview.message) if overview is not None and overview.message else None
 
 
-async def is_asleep(deployment: str) -> bool:
+async def is_asleep(deployment: str, app: str) -> bool:
     """Whether it has no replica that runs, and nothing keeps it from getting one."""
-    status = await _status()
-    overview = None if status is None else overview_of(status, deployment)
+    overview = await _overview(deployment, app)
     if overview is None or overview.replica_states.get("RUNNING", 0):
         return False
     return overview.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
 
 
-async def _status() -> ServeStatus | None:
+async def _overview(deployment: str, app: str) -> DeploymentStatusOverview | None:
+    """Several applications may have a deployment of this name."""
     if not ray.is_initialized():
         return None
     try:
-        return await asyncio.wait_for(asyncio.to_thread(serve.status), TIMEOUT_S)
+        status = await asyncio.wait_for(asyncio.to_thread(serve.status), TIMEOUT_S)
     except Exception as error:
         logger.warning("[Health] the controller does not answer: %r", error)
         return None
-
-
-def overview_of(status: ServeStatus, deployment: str) -> DeploymentStatusOverview | None:
-    for application in status.applications.values():
-        if deployment in application.deployments:
-            return application.deployments[deployment]
-    return None
-
-
-def message_of(status: ServeStatus, deployment: str) -> str | None:
-    overview = overview_of(status, deployment)
-    return the_error_in(overview.message) if overview is not None and overview.message else None
+    found = status.applications.get(app)
+    return None if found is None else found.deployments.get(deployment)
 
 
 def the_error_in(message: str) -> str:

@@ -66,6 +66,11 @@ class ModelClient:
         called = (self.generate, self.generate_stream, self.describe)
         self.fleet = Fleet(lambda: running_replicas(called), longest_stream_s)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the deployment, and of its application."""
+        return self.handle.deployment_name, self.handle.app_name
+
     async def ask_all(self, method: str, *args: object) -> list[object]:
         """What the replicas say, or the exceptions of those that do not; []: none was there."""
         try:

@@ -137,7 +137,7 @@ class RayBackend:
         try:
             return await asyncio.wait_for(asyncio.shield(task), timeout_s)
         except TimeoutError:
-            why = await why_down(client.handle.deployment_name)
+            why = await why_down(*client.names)
             reason = f"no replica of {model} has answered within {timeout_s:g} s"
             raise Unavailable(f"{reason}: {why}" if why else reason, None, None, 5.0) from None
         except (RayActorError, DeploymentUnavailableError) as error:
@@ -186,7 +186,7 @@ class RayBackend:
 
     async def _ping(self, model: str, client: ModelClient) -> str | None:
         """None, or why no replica answers. One that sleeps is not asked: that would wake it."""
-        if client.may_sleep and await is_asleep(client.handle.deployment_name):
+        if client.may_sleep and await is_asleep(*client.names):
             return None
         response = client.ping.remote()
         try:
@@ -194,7 +194,7 @@ class RayBackend:
                 failed = await response
             return f"{model}: {failed.reason}" if isinstance(failed, EngineFailed) else None
         except (TimeoutError, RayError, DeploymentUnavailableError) as error:
-            message = await why_down(client.handle.deployment_name)
+            message = await why_down(*client.names)
             return f"{model}: {message or f'no replica answers ({type(error).__name__})'}"
         finally:
             response.cancel()

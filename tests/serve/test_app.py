@@ -29,7 +29,7 @@ from tests.serve.cluster import Client, config, deploy, wait_until
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.errors import InvalidRequest, ModelNotFound
 from torchweave_ray.models.artifact import WEIGHTS
-from torchweave_ray.outputs import GenerateRequest
+from torchweave_ray.outputs import GenerateRequest, RequestOutput
 from torchweave_ray.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.ray
@@ -369,7 +369,8 @@ def test_a_request_of_another_ingress_is_stopped_too(served: Served) -> None:
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     sampling = SamplingParams(max_tokens=900, ignore_eos=True)
     request = GenerateRequest(answer_id, "tiny", (5, 6, 7), sampling, n=2)
-    outputs = iter(replicas.options(method_name="generate_stream", stream=True).remote(request))
+    items = replicas.options(method_name="generate_stream", stream=True).remote(request)
+    outputs = (item for item in items if isinstance(item, RequestOutput))  # no signs of life
     news = [next(outputs)]
     for path, status in ((f"cmpl-{uuid.uuid4().hex}", 404), (answer_id, 200)):
         connection = http.client.HTTPConnection("127.0.0.1", served.bus.port, timeout=20)
