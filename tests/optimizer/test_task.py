@@ -55,7 +55,7 @@ def test_a_half_written_artifact_is_refused(tmp_path: Path, source: Path) -> Non
 @pytest.fixture
 def ray_node() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 
