@@ -34,7 +34,7 @@ def test_workers_give_what_one_engine_gives(tmp_path: Path) -> None:
     (tmp_path / "engine.yaml").write_text(engine)
     many = [completion(f"{i}", seed=i) for i in range(80)]
     source = write(tmp_path / "in.jsonl", *(each for each, _ in BAD), *GOOD, *many)
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20)
     try:
         ran = run(artifact, source, tmp_path / "by-ray.jsonl", "--workers", "2")
     finally:
