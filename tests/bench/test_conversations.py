@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bench.fake_server import FakeServer
-from torchweave_ray.bench.conversations import ConversationsConfig, _measured, hold
+from torchweave_ray.bench.conversations import ConversationsConfig, Round, _measured, hold
 from torchweave_ray.bench.points import RequestRecord
 from torchweave_ray.bench.serving import openai_target, run_in_loop
 
@@ -47,8 +47,9 @@ def test_hit_rate_is_that_of_later_turns_and_balance_that_of_the_busiest() -> No
         return RequestRecord(0.0, 1.0, (0.5,), prompt, 1, cached)
 
     turns = [[turn(100, 90), turn(200, 100)], [turn(100, 0), turn(300, 150)]]
-    measured = _measured("prefix", turns, 2.0, (3.0, 1.0, 2.0))
+    rounds = [Round([turns[0]], 1.0, (3.0, 1.0, 2.0)), Round([turns[1]], 1.0, (2.0, 2.0, 2.0))]
+    measured = _measured("prefix", rounds)
     assert measured.hit_rate == 0.5
-    assert measured.balance == 1.5
+    assert measured.balance == 1.25
     assert (measured.first.requests, measured.later.requests) == (2, 2)
     assert measured.to_dict()["router"] == "prefix"

@@ -1,7 +1,7 @@
 """Conversations that grow turn by turn, over several replicas: what the choice of a replica gains.
 
-Starts `torchweave serve` once for each router and gives both the same words at the same pauses. The
-balance is that of the replicas' CPU time. Nothing else may run on the machine meanwhile.
+Starts `torchweave serve` for each router in turn, some rounds, and gives both the same words at the
+same pauses. The balance is that of the replicas' CPU time. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 from torchweave_ray.bench.dialects import events
 from torchweave_ray.bench.http_client import Connection, Exchange
 from torchweave_ray.bench.points import Point, RequestRecord, summarize
-from torchweave_ray.bench.process_tree import ProcessTree
+from torchweave_ray.bench.process_tree import ProcessTree, wait_until_calm
 from torchweave_ray.bench.prompts import PromptSource
 from torchweave_ray.bench.server_process import started_server
 from torchweave_ray.bench.serving import (
@@ -55,8 +55,19 @@ class ConversationsConfig:
     output_len: int = 16
     pause_s: float = 1.0
     """Mean of a reader's pauses, which are exponential."""
+    rounds: int = 1
+    """Each with new servers and words; the routers change places between two."""
     seed: int = 0
     timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one server answered."""
+
+    conversations: list[list[RequestRecord]]
+    wall_s: float
+    replica_cpu_s: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +78,40 @@ class Measured:
     later: Point
     hit_rate: float
     """Share of the later turns' prompt tokens that came from a cache."""
-    replica_cpu_s: tuple[float, ...]
+    replica_cpu_s: tuple[tuple[float, ...], ...]
+    """Of each round."""
 
     @property
     def balance(self) -> float:
-        """CPU time of the busiest replica over their mean: 1 is even."""
-        return max(self.replica_cpu_s) * len(self.replica_cpu_s) / sum(self.replica_cpu_s)
+        """CPU time of the busiest replica over their mean, as a mean of the rounds: 1 is even."""
+        each = [max(cpu_s) * len(cpu_s) / sum(cpu_s) for cpu_s in self.replica_cpu_s]
+        return sum(each) / len(each)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "router": self.router,
             "hit_rate": round(self.hit_rate, 3),
             "balance": round(self.balance, 3),
-            "replica_cpu_s": [round(seconds, 2) for seconds in self.replica_cpu_s],
+            "replica_cpu_s": [[round(s, 2) for s in cpu_s] for cpu_s in self.replica_cpu_s],
             "points": [self.first.to_dict(), self.later.to_dict()],
         }
 
 
-def measure_router(router: str, model: str, config: ConversationsConfig) -> Measured:
-    """`model`: a recipe, or the folder of a staged artifact. Raises BenchmarkError."""
+def measure_routers(model: str, config: ConversationsConfig) -> Iterator[Measured]:
+    """One for each of ROUTERS. `model`: a recipe, or the folder of a staged artifact.
+
+    Raises BenchmarkError.
+    """
+    rounds: dict[str, list[Round]] = {router: [] for router in ROUTERS}
+    for number in range(config.rounds):
+        own = replace(config, seed=config.seed + 3 * number)
+        for router in ROUTERS if number % 2 == 0 else reversed(ROUTERS):
+            rounds[router].append(_round(router, model, own))
+    for router, each in rounds.items():
+        yield _measured(router, each)
+
+
+def _round(router: str, model: str, config: ConversationsConfig) -> Round:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "serve_config.yaml"
         file.write_text(yaml.safe_dump(_application(router, model, config)))
@@ -93,13 +119,14 @@ def measure_router(router: str, model: str, config: ConversationsConfig) -> Meas
             pids = ProcessTree([server.pid]).named("ServeReplica", "ModelReplica")
             if len(pids) != config.replicas:
                 raise BenchmarkError(f"{len(pids)} replicas found, not {config.replicas}")
+            wait_until_calm(server.pid)
             before = [ProcessTree([pid]).cpu_seconds() for pid in pids]
             started = time.perf_counter()
-            records = run_in_loop(_all(server.url, config))
+            conversations = run_in_loop(_all(server.url, config))
             wall_s = time.perf_counter() - started
             after = [ProcessTree([pid]).cpu_seconds() for pid in pids]
     cpu_s = tuple(b - a for a, b in zip(before, after, strict=True))
-    return _measured(router, records, wall_s, cpu_s)
+    return Round(conversations, wall_s, cpu_s)
 
 
 async def hold(target: Target, config: ConversationsConfig) -> list[list[RequestRecord]]:
@@ -147,20 +174,18 @@ def _answer(exchange: Exchange) -> str:
     return "".join(choice["text"] for chunk in chunks for choice in chunk.get("choices", ()))
 
 
-def _measured(
-    router: str,
-    conversations: Sequence[Sequence[RequestRecord]],
-    wall_s: float,
-    replica_cpu_s: tuple[float, ...],
-) -> Measured:
-    first = [turns[0] for turns in conversations]
-    later = [turn for turns in conversations for turn in turns[1:]]
+def _measured(router: str, rounds: Sequence[Round]) -> Measured:
+    held = [turns for each in rounds for turns in each.conversations]
+    first = [turns[0] for turns in held]
+    later = [turn for turns in held for turn in turns[1:]]
+    wall_s = sum(each.wall_s for each in rounds)
     points = [
-        summarize(f"{router}, {name}", len(conversations), records, wall_s)
+        summarize(f"{router}, {name}", len(rounds[0].conversations), records, wall_s)
         for name, records in (("first turns", first), ("later turns", later))
     ]
     hit_rate = points[1].cached_tokens / max(1, points[1].prompt_tokens)
-    return Measured(router, points[0], points[1], hit_rate, replica_cpu_s)
+    cpu_s = tuple(each.replica_cpu_s for each in rounds)
+    return Measured(router, points[0], points[1], hit_rate, cpu_s)
 
 
 def _application(router: str, model: str, config: ConversationsConfig) -> dict[str, Any]:

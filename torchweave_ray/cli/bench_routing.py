@@ -23,17 +23,18 @@ def routing(
     turn_len: Annotated[int, typer.Option(help="Words that a later turn adds.", min=1)] = 40,
     output_len: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 16,
     pause: Annotated[float, typer.Option(help="Mean seconds between two turns.", min=0.01)] = 1.0,
+    rounds: Annotated[int, typer.Option(help="New servers and words each.", min=1)] = 3,
     seed: Seed = None,
     save_it: Save = False,
     results: Results = RESULTS,
 ) -> None:
     """Measure conversations over several replicas, with our router and with Ray Serve's own.
 
-    Starts a server for each. Hit rate: share of the later turns' prompt tokens found in a cache;
-    balance: CPU time of the busiest replica over their mean.
+    Starts a server for each in every round. Hit rate: share of the later turns' prompt tokens found
+    in a cache; balance: CPU time of the busiest replica over their mean.
     """
     from optimizer.recipe import DEFAULT_RECIPE
-    from torchweave_ray.bench.conversations import ROUTERS, ConversationsConfig, measure_router
+    from torchweave_ray.bench.conversations import ConversationsConfig, measure_routers
 
     config = ConversationsConfig(
         replicas=replicas,
@@ -44,14 +45,15 @@ def routing(
         turn_len=turn_len,
         output_len=output_len,
         pause_s=pause,
+        rounds=rounds,
         seed=new_seed(seed),
     )
     artifact = artifact_of(model)  # staged now, not while a server starts
     served = model or os.environ.get("ARTIFACT_MODEL_DIR") or DEFAULT_RECIPE
     measured = []
-    for router in ROUTERS:
-        measured.append(measure_router(router, served, config))
-        print(json.dumps(measured[-1].to_dict()), flush=True)
+    for router in measure_routers(served, config):
+        measured.append(router)
+        print(json.dumps(router.to_dict()), flush=True)
     footer = [
         f"{m.router}: hit rate {m.hit_rate:.2f}, busiest replica {m.balance:.2f} x mean CPU"
         for m in measured
