@@ -73,7 +73,7 @@ def optimize(
         if (found := find_staged(recipe, shelf)) is not None:
             shelf.discard_work(key)
             return found  # staged while this process waited
-        identity = recipe.open_source().identity()
+        identity = recipe.identity()
         try:
             directory = _stage(recipe, shelf, shelf.work(key), progress)
             shelf.remember(key, identity, directory)
@@ -93,7 +93,7 @@ def default_store() -> Path:
 
 def find_staged(recipe: Recipe, store: Store) -> Path | None:
     """The recipe's artifact if it has been staged; a few stat calls, no lock."""
-    return store.find(_key(recipe), recipe.open_source().identity())
+    return store.find(_key(recipe), recipe.identity())
 
 
 def run_stages(
@@ -196,7 +196,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _report(recipe: Recipe, reports: Sequence[StageReport], work: Path) -> str:
     values = {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.public(),
+        "source": json.loads((work / "fetch" / "fetched.json").read_text())["report"],
         "stages": [dataclasses.asdict(report) for report in reports],
         "quantization": json.loads((work / "quantize" / "quantization.json").read_text()),
         "quality": json.loads((work / "verify" / "quality.json").read_text()),

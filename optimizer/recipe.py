@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from optimizer.adapters import Adapter, parse_adapters
 from optimizer.quantization import NONE, Quantization, parse_quantization
 from optimizer.sources import (
     FolderSource,
@@ -79,6 +80,8 @@ class Recipe:
     verify: Verify = "auto"
     """auto: compare with the source, which takes memory for it in float32; none: do not."""
     bars: Bars = field(default_factory=Bars)
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters to merge into the weights, in this order."""
     config: Mapping[str, Any] | None = None
     """Of a random: source: what a folder's config.json would say."""
     tokenizer: str | None = None
@@ -106,6 +109,8 @@ class Recipe:
         if self.quantization.is_any and self.layout == "fused":
             raise ConfigError("recipe.layout 'fused' does not go with a quantization")
         self.open_source()
+        for adapter in self.adapters:
+            adapter.open_source()
 
     def open_source(self) -> Source:
         """Raises ConfigError if `source` is of no known kind."""
@@ -116,9 +121,24 @@ class Recipe:
                 raise ConfigError(f"recipe.{name} is only for a random: source")
         return parse_source(self.source, self.revision)
 
+    def identity(self) -> list[str] | None:
+        """Changes when a local source or adapter is edited; None where all are remote."""
+        sources = [self.open_source(), *(adapter.open_source() for adapter in self.adapters)]
+        found = [source.identity() for source in sources]
+        if all(identity is None for identity in found):
+            return None
+        return [line for identity in found for line in identity or ()]
+
+    def public(self) -> dict[str, Any]:
+        """Plain JSON that may be published: sources as their `text` says."""
+        values = dataclasses.asdict(self) | {"source": self.open_source().text}
+        for adapter, said in zip(self.adapters, values["adapters"], strict=True):
+            said["source"] = adapter.open_source().text
+        return values
+
     def key(self) -> str:
         """Names this recipe in a store's index: equal recipes stage once."""
-        values = dataclasses.asdict(self) | {"source": self.open_source().text}
+        values = self.public()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -126,6 +146,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "bars": (Bars, "a mapping"),
     "quantization": (Quantization, "a name or a mapping"),
     "config": (Mapping, "a mapping"),
+    "adapters": (tuple, "a list"),
 }
 """Of fields that are not text."""
 
@@ -157,6 +178,8 @@ def recipe_from_mapping(values: Any, path: Path) -> Recipe:
         given["bars"] = Bars(**bars)
     if "quantization" in given:
         given["quantization"] = parse_quantization(given["quantization"])
+    if "adapters" in given:
+        given["adapters"] = parse_adapters(given["adapters"], path.parent)
     return Recipe(**given)
 
 

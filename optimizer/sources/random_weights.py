@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimizer.sources.source import Advance, Fetched, Source
+from optimizer.sources.source import Arrivals, Fetched, Source
 
 MODEL = "random.json"
 """{"seed": ..., "config": ...}"""
@@ -33,8 +33,8 @@ class RandomSource:
     def identity(self) -> list[str] | None:
         return self.tokenizer.identity()
 
-    def fetch(self, folder: Path, advance: Advance) -> Fetched:
-        fetched = self.tokenizer.fetch(folder / "tokenizer", advance)
+    def fetch(self, folder: Path, arrivals: Arrivals) -> Fetched:
+        fetched = self.tokenizer.fetch(folder / "tokenizer", arrivals)
         model = folder / MODEL
         values = {"seed": self.seed, "config": dict(self.config)}
         model.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")

@@ -11,10 +11,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from optimizer.checkpoints import Checkpoint, open_checkpoint
+from optimizer.checkpoints import Checkpoint
+from optimizer.checkpoints.lora import MergedCheckpoint
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
-from optimizer.stages.fetch import fetched_path
+from optimizer.stages.fetch import open_fetched
 from optimizer.tensor_file import DTYPES, write_tensors
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import CONFIG, TOKENIZER, WEIGHTS, Manifest
@@ -34,12 +35,14 @@ class ConvertStage:
         return {"dtype": self.recipe.dtype, "quantization": self.recipe.quantization.canonical()}
 
     def run(self, work: Path, manifest: Manifest) -> Manifest:
-        """Fills `architecture`, `dtype` and the canonical `recipe`."""
-        checkpoint = open_checkpoint(fetched_path(work))
+        """Fills `architecture`, `dtype` and the rest of the canonical `recipe`."""
+        checkpoint = open_fetched(work)
         documents = checkpoint.documents()
         config = ModelConfig.from_hf(_parse(documents[CONFIG]))
         build_spec(config)
         names = _checked_names(config, checkpoint)
+        if isinstance(checkpoint, MergedCheckpoint):
+            checkpoint.check_read(names)
         _check_tokenizer(documents[TOKENIZER], config)
         dtype = self._dtype(checkpoint, names)
         folder = work / self.name
@@ -54,7 +57,12 @@ class ConvertStage:
         parts = (checkpoint.load(name) for name in names)
         write_tensors(folder / WEIGHTS, entries, parts, self.progress.advance)
         canonical = {"dtype": dtype, "quantization": self.recipe.quantization.canonical()}
-        return replace(manifest, architecture=config.architecture, dtype=dtype, recipe=canonical)
+        return replace(
+            manifest,
+            architecture=config.architecture,
+            dtype=dtype,
+            recipe=manifest.recipe | canonical,
+        )
 
     def _dtype(self, checkpoint: Checkpoint, names: list[str]) -> str:
         """float32 only if it is asked for, or every matrix of the source is; float16, quantised

@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from optimizer.checkpoints import Checkpoint, open_checkpoint
+from optimizer.checkpoints import Checkpoint
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
-from optimizer.stages.fetch import fetched_path
+from optimizer.stages.fetch import open_fetched
 from optimizer.store import link_file, write_atomically
 from optimizer.tensor_file import DTYPES, write_tensors
 from torchweave_ray.kernels.quantization import (
@@ -81,7 +81,7 @@ class QuantizeStage:
         quantization = self.recipe.quantization.formats(products)
         tensors = fused_tensors(config, quantization)
         dtype = DTYPES[manifest.dtype]
-        checkpoint = open_checkpoint(fetched_path(work))
+        checkpoint = open_fetched(work)
         write_tensors(
             work / self.name / WEIGHTS,
             [entry for tensor in tensors for entry in tensor.row_major(dtype)],

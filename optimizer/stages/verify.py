@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from optimizer.checkpoints import open_checkpoint
 from optimizer.measuring.model import MeasuredModel, all_cores, open_staged
 from optimizer.measuring.quality import Quality, compare, text_windows
 from optimizer.progress import Progress
 from optimizer.recipe import Bars, Recipe
-from optimizer.stages.fetch import fetched_path
+from optimizer.stages.fetch import open_fetched
 from optimizer.store import write_atomically
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.errors import ArtifactError
@@ -66,7 +65,7 @@ class VerifyStage:
 
     def _reference(self, work: Path, config: ModelConfig) -> MeasuredModel:
         """The source's own numbers, not rounded to the artifact's dtype."""
-        checkpoint = open_checkpoint(fetched_path(work))
+        checkpoint = open_fetched(work)
         fused = fused_tensors(config)
         self.progress.expect(4 * sum(torch.Size(tensor.shape).numel() for tensor in fused))
         tensors = {}
