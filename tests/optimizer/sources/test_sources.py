@@ -19,7 +19,7 @@ from optimizer.checkpoints.random_weights import cut_tokenizer
 from optimizer.pipeline import optimize
 from optimizer.progress import SilentProgress
 from optimizer.recipe import Recipe
-from tests.optimizer.fake_hub import FakeHub
+from tests.optimizer.sources.fake_hub import FakeHub
 from tests.optimizer.gguf_files import make_gguf
 from tests.tiny import make_checkpoint
 from torchweave_ray.errors import ArtifactError
@@ -142,7 +142,7 @@ def _command(endpoint: str, cache: Path, *arguments: str) -> subprocess.Complete
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "optimizer", *arguments]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
 
 
