@@ -20,7 +20,7 @@ from optimizer.progress import Progress, SilentProgress
 from optimizer.recipe import Recipe, resolve_recipe
 from optimizer.store import Store, sync_path, write_atomically
 from torchweave_ray.errors import ArtifactError
-from torchweave_ray.models.artifact import FORMAT_VERSION, REPORT, Manifest
+from torchweave_ray.models.artifact import FORMAT_VERSION, REPORT, Manifest, write_report
 
 STAGES_VERSION = 2
 """Raise when a stage gives other bytes for the same source: what is staged is then staged anew."""
@@ -148,7 +148,7 @@ def _stage(recipe: Recipe, store: Store, work: Path, progress: Progress) -> Path
         SealStage(counting),
     ]
     manifest, reports = run_stages(stages, work, draft, counting)
-    (work / "seal" / REPORT).write_text(_report(recipe, reports, work))
+    write_report(work / "seal", _report(recipe, reports, work))
     run_stages([PublishStage(store, recipe.name, counting)], work, manifest, counting)
     return store.artifact(recipe.name, manifest.artifact_id)
 
@@ -194,8 +194,8 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in files if p.name != REPORT}
 
 
-def _report(recipe: Recipe, reports: Sequence[StageReport], work: Path) -> str:
-    values = {
+def _report(recipe: Recipe, reports: Sequence[StageReport], work: Path) -> dict[str, Any]:
+    return {
         "recipe": recipe.public(),
         "source": json.loads((work / "fetch" / "fetched.json").read_text())["report"],
         "stages": [dataclasses.asdict(report) for report in reports],
@@ -203,7 +203,6 @@ def _report(recipe: Recipe, reports: Sequence[StageReport], work: Path) -> str:
         "quality": json.loads((work / "verify" / "quality.json").read_text()),
         "tuning": json.loads((work / "tune" / "tuning.json").read_text()),
     }
-    return json.dumps(values, indent=2) + "\n"
 
 
 def _point(store: Store, recipe: Recipe, directory: Path) -> None:

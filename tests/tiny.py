@@ -132,7 +132,7 @@ def make_tiny_artifact(
     }
     recipe = {"source": "tiny", "dtype": str(dtype).removeprefix("torch.")}
     manifest = Manifest(
-        artifact_id=compute_artifact_id(source_sha256, recipe, files[WEIGHTS].sha256),
+        artifact_id=compute_artifact_id(source_sha256, recipe, files),
         source="tiny",
         source_sha256=source_sha256,
         architecture=config.architecture,

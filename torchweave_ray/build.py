@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,13 @@ from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.machine import fingerprint
-from torchweave_ray.models.artifact import Manifest, read_report, verify_artifact
+from torchweave_ray.models.artifact import (
+    Lease,
+    Manifest,
+    hold_artifact,
+    read_report,
+    verify_artifact,
+)
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.executors import Placement, executor_name, open_executor
 from torchweave_ray.models.native_executor import NativeExecutor
@@ -63,6 +69,8 @@ class LoadedModel:
     """Measured by the optimizer on a machine like this one."""
     startup_s: Mapping[str, float]
     """Seconds by stage, in their order: verify, weights, kv_cache, first_step."""
+    lease: Lease = field(default_factory=Lease)
+    """Keeps the artifact from being deleted while its pages are mapped."""
 
 
 def load_model(
@@ -75,6 +83,7 @@ def load_model(
     """
     stages = _Stages()
     with stages.timed("verify"):
+        lease = hold_artifact(artifact_dir)
         manifest = verify_artifact(artifact_dir)
         model = ModelConfig.from_hf(read_hf_config(artifact_dir))
         _check_eos(model)
@@ -113,7 +122,7 @@ def load_model(
     )
     found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
     cost = _tuned_cost(artifact_dir, found, config.scheduler)
-    return LoadedModel(runner, info, manifest, artifact_dir, cost, stages.seconds)
+    return LoadedModel(runner, info, manifest, artifact_dir, cost, stages.seconds, lease)
 
 
 def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
@@ -136,8 +145,9 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
 def _tuned_cost(
     directory: Path, found: Mapping[str, str | int], scheduler: SchedulerConfig
 ) -> StepCost | None:
-    """The report's coefficients if they were measured on what is `found` here. None costs only
-    `max_step_ms` its effect, so it is worth a warning where that is set."""
+    """The report's coefficients if they were measured on what is `found` here, with a warning if
+    elsewhere. None leaves steps their limit of tokens and takes from `max_step_ms` its effect, so
+    that it was not measured at all is worth a warning where that is set."""
     level = logging.DEBUG if scheduler.max_step_ms is None else logging.WARNING
     if scheduler.step_cost is not None:
         return scheduler.step_cost
@@ -145,7 +155,10 @@ def _tuned_cost(
     try:
         if tuning is not None and tuning["fingerprint"] == dict(found):
             return StepCost(**{key: float(tuning["step_cost"][key]) for key in "abc"})
-        why = "it was not tuned" if tuning is None else f"it was tuned on {tuning['fingerprint']}"
+        if tuning is None:
+            why = "it was not tuned"
+        else:
+            why, level = f"it was tuned on {tuning['fingerprint']}", logging.WARNING
     except (KeyError, TypeError, ValueError) as error:
         why = f"its report cannot be read ({error!r})"
     logger.log(

@@ -129,8 +129,9 @@ class LLM:
         return self._engine.stats()
 
     def close(self) -> None:
-        """Free the KV cache. The object is of no use afterwards."""
+        """Free the KV cache and let go of the artifact. The object is of no use afterwards."""
         self._engine.close()
+        self._loaded.lease.release()
 
     def __enter__(self) -> Self:
         return self

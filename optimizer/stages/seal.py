@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,16 +42,8 @@ class SealStage:
             size = copy.stat().st_size
             files[path.name] = FileEntry(file_sha256(copy), size)
             self.progress.advance(size)
-        artifact_id = compute_artifact_id(
-            manifest.source_sha256, manifest.recipe, files_sha256(files)
-        )
+        artifact_id = compute_artifact_id(manifest.source_sha256, manifest.recipe, files)
         sealed = replace(manifest, files=files, artifact_id=artifact_id)
         (folder / MANIFEST).write_text(sealed.to_json())
         seal(folder, sealed)
         return sealed
-
-
-def files_sha256(files: Mapping[str, FileEntry]) -> str:
-    """One hash over weights, config and tokenizer: two artifacts of one id are equal."""
-    hashes = {name: entry.sha256 for name, entry in files.items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -23,7 +23,7 @@ from torchweave_ray.llm import LLM
 from torchweave_ray.models.artifact import MANIFEST, WEIGHTS, read_manifest, verify_artifact
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.lowering import lower
-from torchweave_ray.models.mapped_file import cache_in_huge_pages, map_tensors
+from torchweave_ray.models.mapped_file import cache_in_huge_pages, map_file, tensors_in
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.tensors import LAYOUT, PACKED
 from torchweave_ray.models.weights import load_weights, map_packed
@@ -94,14 +94,14 @@ def test_unpacking_gives_what_was_fused(tmp_path: Path, name: str) -> None:
 def test_the_mapping_is_the_file_and_its_own(tmp_path: Path) -> None:
     path = _stage(tmp_path) / WEIGHTS
     before = path.read_bytes()
-    mapped = map_tensors(path)
+    mapped = tensors_in(map_file(path), str(path))
     with safe_open(path, framework="pt") as file:
         assert mapped.keys() == set(file.keys())
         assert all(torch.equal(mapped[name], file.get_tensor(name)) for name in mapped)
     mapped["norm.weight"].zero_()
     cache_in_huge_pages(path)
     assert path.read_bytes() == before
-    assert map_tensors(path)["norm.weight"].count_nonzero() > 0
+    assert tensors_in(map_file(path), str(path))["norm.weight"].count_nonzero() > 0
 
 
 def test_what_is_left_row_major(tmp_path: Path) -> None:

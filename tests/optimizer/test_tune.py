@@ -17,6 +17,7 @@ from tests.tiny import make_checkpoint
 from torchweave_ray.build import LoadedModel, load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.kernels.machine import cpu_model, fingerprint, num_cores
+from torchweave_ray.models.artifact import write_report
 
 STEPS = ((1, 64.5), (8, 516.0), (8, 3844.0), (128, 8192.0), (128, 57344.0), (512, 131072.0))
 
@@ -35,7 +36,7 @@ def _load(artifact: Path, **options: Any) -> LoadedModel:
 def _edit(artifact: Path, change: Callable[[dict[str, Any]], object]) -> None:
     report = json.loads((artifact / "report.json").read_text())
     change(report)
-    (artifact / "report.json").write_text(json.dumps(report))
+    write_report(artifact, {k: v for k, v in report.items() if k != "report_sha256"})
 
 
 def test_a_fit_finds_the_coefficients() -> None:
@@ -86,7 +87,7 @@ def test_foreign_or_broken_costs_only_warn(
 ) -> None:
     _edit(artifact, change)
     assert _load(artifact).step_cost is None
-    assert "step costs" not in caplog.text, "nobody asked for milliseconds"
+    assert ("step costs" in caplog.text) is ("tuned on" in says or "threads" in says)
     with caplog.at_level(logging.WARNING):
         assert _load(artifact, scheduler={"max_step_ms": 20.0}).step_cost is None
     assert "max_step_ms has no effect" in caplog.text

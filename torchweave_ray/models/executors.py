@@ -50,8 +50,9 @@ def open_executor(
     manifest: Manifest,
     placement: Placement,
     attention: AttentionBackend,
+    whole: Tensor | None = None,
 ) -> NativeExecutor | TorchExecutor:
-    """Load the weights of an artifact's folder into an executor.
+    """Load the weights of an artifact's folder into an executor. `whole`: as of `load_weights`.
 
     Raises ArtifactError for weights that cannot be read, ConfigError when the native executor is
     asked for and cannot be had.
@@ -68,16 +69,17 @@ def open_executor(
                 )
             stored: Mapping[str, Tensor | PackedLinear]
             if manifest.layout != LAYOUT and dtype == torch.bfloat16 and device.type == "cpu":
-                stored = map_packed(directory, config, manifest)
+                stored = map_packed(directory, config, manifest, whole)
             else:
-                stored = plain = load_weights(directory, config, dtype, device, manifest)
+                plain = load_weights(directory, config, dtype, device, manifest, whole)
+                stored = plain
             return NativeExecutor(spec, stored, library, placement.num_threads)
         except (KernelsUnavailable, CannotLower) as error:
             if placement.executor == "native":
                 raise ConfigError(f"runner.executor is 'native', but {error}") from error
             logger.warning("the torch executor runs this model: %s", error)
     if plain is None:
-        plain = load_weights(directory, config, dtype, device, manifest)
+        plain = load_weights(directory, config, dtype, device, manifest, whole)
     return TorchExecutor(spec, plain, attention)
 
 

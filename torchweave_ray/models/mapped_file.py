@@ -12,35 +12,71 @@ import mmap
 import os
 import struct
 from contextlib import suppress
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchweave_ray.errors import ArtifactError
 
 _DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F16": torch.float16,
+    "F64": torch.float64,
     "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file whose header is known to be whole (`safetensors.safe_open` checks it).
-    Tensors of dtypes that no weight has are left out. Writing to them does not reach the file.
+def map_file(path: Path) -> Tensor:
+    """The whole file [bytes] uint8; it lives as long as a view of it. Writing to it does not reach
+    the file. Raises ArtifactError if it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # ValueError: it is empty
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def tensors_in(whole: Tensor, where: str) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, views of its bytes: whole [bytes] uint8.
+
+    Raises ArtifactError, beginning with `where`, for a header that does not fit the bytes.
     """
-    whole = _map(path)
-    (length,) = struct.unpack("<Q", whole[:8].numpy().tobytes())
-    start = 8 + length
-    header = json.loads(whole[8:start].numpy().tobytes())
-    tensors = {}
-    for name, entry in header.items():
-        dtype = _DTYPES.get(entry.get("dtype"))
-        if dtype is not None:
-            first, last = entry["data_offsets"]
-            data = whole[start + first : start + last]
-            tensors[name] = data.view(dtype).view(entry["shape"])
-    return tensors
+    try:
+        (length,) = struct.unpack("<Q", whole[:8].numpy().tobytes())
+        start = 8 + length
+        if start > len(whole):
+            raise ValueError(f"a header of {length} bytes in a file of {len(whole)}")
+        header = json.loads(whole[8:start].numpy().tobytes())
+        header.pop("__metadata__", None)
+        return {name: _view(whole[start:], name, **entry) for name, entry in header.items()}
+    except (struct.error, AttributeError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{where} cannot be read: {error}") from error
+
+
+def _view(data: Tensor, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+    first, last = data_offsets
+    kind: Any = _DTYPES.get(dtype)
+    if kind is None:
+        raise ValueError(f"tensor {name} has dtype {dtype}")
+    if not 0 <= first <= last <= len(data) or last - first != prod(shape) * kind.itemsize:
+        raise ValueError(f"tensor {name} is cut: bytes {first} to {last} of {len(data)}")
+    found = data[first:last]
+    if found.storage_offset() % kind.itemsize:  # another writer's: ours align
+        found = found.clone()
+    return found.view(kind).view(shape)
 
 
 def cache_in_huge_pages(path: Path) -> None:
@@ -56,14 +92,4 @@ def cache_in_huge_pages(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    _map(path)[:: mmap.PAGESIZE].sum()
-
-
-def _map(path: Path) -> Tensor:
-    """The whole file [bytes] uint8; it lives as long as a view of it."""
-    with path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    map_file(path)[:: mmap.PAGESIZE].sum()

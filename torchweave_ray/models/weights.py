@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
 from torchweave_ray.models.artifact import WEIGHTS, Manifest, read_manifest
 from torchweave_ray.models.config import ModelConfig
-from torchweave_ray.models.mapped_file import map_tensors
+from torchweave_ray.models.mapped_file import map_file, tensors_in
 from torchweave_ray.models.tensors import (
     LAYOUT,
     PACKED,
@@ -37,17 +36,18 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     manifest: Manifest | None = None,
+    whole: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """An artifact's tensors by name, row-major. On the CPU in their own dtype they are views of
     the mapped file, shared by all replicas of a node through the page cache; packed ones are
     unpacked and quantised ones dequantised, which takes a copy. `manifest`: of a folder
-    that has none yet.
+    that has none yet. `whole`: [bytes] uint8, the weights file where it is no file of the folder.
 
     Raises ArtifactError naming the tensor that is missing, unknown or of another shape.
     """
     tensors: dict[str, Tensor] = {}
     num_unpacked = num_dequantised = 0
-    for tensor, stored in _read(directory, config, manifest):
+    for tensor, stored in _read(directory, config, manifest, whole):
         held = stored
         if isinstance(stored, PackedLinear):
             held = unpack_linear(stored)
@@ -66,16 +66,18 @@ def load_weights(
 
 
 def map_packed(
-    directory: Path, config: ModelConfig, manifest: Manifest | None = None
+    directory: Path,
+    config: ModelConfig,
+    manifest: Manifest | None = None,
+    whole: Tensor | None = None,
 ) -> Mapping[str, Tensor | PackedLinear]:
     """The tensors of a CPU artifact as they are stored, all views of the mapped file: packed where
     its layout is PACKED or QUANTIZED. Raises as `load_weights`."""
-    found = _read(directory, config, manifest, in_place=True)
-    return {tensor.name: stored for tensor, stored in found}
+    return {t.name: stored for t, stored in _read(directory, config, manifest, whole)}
 
 
 def _read(
-    directory: Path, config: ModelConfig, manifest: Manifest | None, in_place: bool = False
+    directory: Path, config: ModelConfig, manifest: Manifest | None, whole: Tensor | None
 ) -> Iterator[tuple[FusedTensor, Tensor | PackedLinear]]:
     manifest = manifest or read_manifest(directory)
     layout = manifest.layout
@@ -90,22 +92,16 @@ def _read(
     tensors = fused_tensors(config, manifest.quantization)
     expected = {tensor.name: tensor.stored(layout, torch.bfloat16) for tensor in tensors}
     path = directory / WEIGHTS
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            wanted = {stored.name for held in expected.values() for stored in held}
-            _check_names(path, set(file.keys()), wanted)
-            mapped = map_tensors(path) if in_place else {}
-            for tensor in tensors:
-                parts = []
-                for entry in expected[tensor.name]:
-                    found = tuple(file.get_slice(entry.name).get_shape())
-                    check_shape(f"{path}: {entry.name}", found, entry.shape)
-                    part = mapped.get(entry.name)
-                    parts.append(file.get_tensor(entry.name) if part is None else part)
-                    _check_dtype(path, entry, parts[-1])
-                yield tensor, parts[0] if layout == LAYOUT else tensor.packed(parts)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    found = tensors_in(map_file(path) if whole is None else whole, str(path))
+    _check_names(path, set(found), {entry.name for held in expected.values() for entry in held})
+    for tensor in tensors:
+        parts = []
+        for entry in expected[tensor.name]:
+            part = found[entry.name]
+            check_shape(f"{path}: {entry.name}", tuple(part.shape), entry.shape)
+            _check_dtype(path, entry, part)
+            parts.append(part)
+        yield tensor, parts[0] if layout == LAYOUT else tensor.packed(parts)
 
 
 def _check_names(path: Path, present: set[str], wanted: set[str]) -> None:
