@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from torchweave_ray.cli import artifact
 from torchweave_ray.cli.batch import batch
 from torchweave_ray.cli.bench import serving, throughput
 from torchweave_ray.cli.bench_kernels import kernels
@@ -29,6 +30,7 @@ def build_app() -> typer.Typer:
     app.command()(generate)
     app.command()(batch)
     app.command()(optimize)
+    artifact.add_commands(app)
     app.command()(doctor)
     bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
     bench.command()(serving)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
 from torchweave_ray.models.artifact import WEIGHTS, Manifest, read_manifest
-from torchweave_ray.models.config import ModelConfig
+from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.mapped_file import map_file, tensors_in
 from torchweave_ray.models.tensors import (
     LAYOUT,
@@ -74,6 +74,13 @@ def map_packed(
     """The tensors of a CPU artifact as they are stored, all views of the mapped file: packed where
     its layout is PACKED or QUANTIZED. Raises as `load_weights`."""
     return {t.name: stored for t, stored in _read(directory, config, manifest, whole)}
+
+
+def check_weights(directory: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError unless this build reads the layout, and every tensor is as it says."""
+    config = ModelConfig.from_hf(read_hf_config(directory))
+    for _ in _read(directory, config, manifest, None):
+        pass
 
 
 def _read(
