@@ -166,15 +166,15 @@ def test_what_killed_runs_left_goes_when_asked(store: Store) -> None:
 
 
 def test_show(store: Store) -> None:
-    store.point("tiny", _of(store)[0])
+    store.point("tiny", _of(store)[-1])
     listed = json.loads(_run("show", "--store", store.root, "--json").stdout)["artifacts"]
     assert [e["model"] for e in listed] == ["other-0123456789abcdef01234567", *["tiny"] * 5]
-    assert listed[-1]["links"] == ["tiny"]
+    assert listed[1]["links"] == ["tiny"]
     assert listed[0]["artifact_id"] in _run("show", "--store", store.root).stdout
-    for name in ("tiny", _of(store)[0].name, listed[-1]["artifact_id"][:12], _of(store)[0]):
+    for name in ("tiny", _of(store)[-1].name, listed[1]["artifact_id"][:12], _of(store)[-1]):
         shown = _run("show", name, "--store", store.root, "--json")
         manifest = json.loads(shown.stdout)["manifest"]
-        assert manifest["artifact_id"] == listed[-1]["artifact_id"]
+        assert manifest["artifact_id"] == listed[1]["artifact_id"]
     assert "LlamaForCausalLM" in _run("show", "tiny", "--store", store.root).stdout
     missing = _run("show", "nothing", "--store", store.root)
     assert missing.exit_code == 1
