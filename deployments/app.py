@@ -21,6 +21,7 @@ from deployments.log import log_through_serve
 from deployments.placement import Placement, ReplicaConfig, place, probe_cluster
 from deployments.replica import ModelReplica
 from deployments.router import PrefixRouter
+from deployments.staging import WeightsOwner
 from torchweave_ray.config import EngineConfig
 
 INGRESS_MARGIN_S = 30.0
@@ -29,6 +30,7 @@ MAX_ONGOING_REQUESTS = 10_000
 """Serve queues nothing: the engine has the only queue, and refuses by its exact backlog."""
 ROUTING_STATS_PERIOD_S = 1.0
 MODEL_REPLICA = "ModelReplica:"
+WEIGHTS = "Weights:"
 SAME_LOOP = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -87,7 +89,23 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
         **({"request_router_config": _router()} if model.router == "prefix" else {}),
         **_options(args.longest_stream_s),
     )
-    return deployment.bind(ReplicaConfig(model, placement, _absolute(args.artifact_dir)))
+    config = ReplicaConfig(
+        model, placement, _absolute(args.artifact_dir), args.staging, args.verify
+    )
+    return deployment.bind(config, _weights(config))
+
+
+def _weights(config: ReplicaConfig) -> Application | None:
+    """The owner of weights in the object store. It lives, and goes, with the application."""
+    if config.staging.target != "object_store":
+        return None
+    owner = serve.deployment(WeightsOwner).options(
+        name=f"{WEIGHTS}{config.model.name.replace('/', '--')}",
+        ray_actor_options=_actor_options(0, 0),
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        logging_config={"enable_access_log": False},
+    )
+    return owner.bind(config)
 
 
 def _router() -> RequestRouterConfig:

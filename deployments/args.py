@@ -180,6 +180,20 @@ def limits_of(model: ModelArgs, user_config: Mapping[str, Any]) -> dict[str, Any
     return dict(user_config)
 
 
+class StagingArgs(StrictModel):
+    """How artifacts get to replicas, and what the task that stages one asks Ray for."""
+
+    target: Literal["files", "object_store"] = "files"
+    """object_store: an owner holds the weights there, replicas of a node map one copy; otherwise
+    every node has the artifact's files."""
+    num_cpus: float = Field(default=0, ge=0)
+    """0: the task never waits for CPUs that replicas hold."""
+    memory: int = Field(default=0, ge=0)
+    """Bytes that Ray counts for it."""
+    max_retries: int = Field(default=3, ge=0)
+    """When its worker or node dies; each goes on where the last one was."""
+
+
 class IngressArgs(StrictModel):
     num_replicas: int = Field(default=1, ge=1)
     """Keep it fixed: every change reloads HAProxy."""
@@ -192,12 +206,21 @@ class AppArgs(StrictModel):
     models: tuple[ModelArgs, ...] = Field(default=(ModelArgs(recipe=DEFAULT_RECIPE),), min_length=1)
     artifact_dir: str | None = None
     """Where staged artifacts are kept; None: the optimizer's own place."""
+    staging: StagingArgs = StagingArgs()
+    """`staging: object_store` is short for its target."""
+    verify: Literal["auto", "full"] = "auto"
+    """full: hash an artifact whole at every start, not only what has changed since the last."""
     ingress: IngressArgs = IngressArgs()
     longest_stream_s: float = Field(default=LONGEST_STREAM_S, gt=0)
     """How long replicas that are told to stop finish their streams; then those are moved to
     another replica, or end."""
     api: dict[str, Any] = Field(default_factory=dict)
     """An `ApiSettings` as a mapping: defaults of requests and limits of an HTTP call."""
+
+    @field_validator("staging", mode="before")
+    @classmethod
+    def _staging(cls, value: Any) -> Any:
+        return {"target": value} if isinstance(value, str) else value
 
     @field_validator("api")
     @classmethod

@@ -33,7 +33,8 @@ from torchweave_ray.errors import ConfigError, TorchWeaveError
 BUILDER = "deployments.app:build"
 DEFAULT_CONFIG = Path("serve_config.yaml")
 OBJECT_STORE_BYTES = 512 << 20
-"""Tokens and weights do not travel through Ray's object store."""
+"""Tokens do not travel through Ray's object store, and weights only where `staging` says so: then
+Ray gives it its usual share of the memory."""
 PERMANENT = ("ArtifactError: ", "ConfigError: ")
 """Another try of the constructor ends the same way."""
 POLL_S = 0.1
@@ -46,6 +47,7 @@ def load_config(
     artifact: Path | None,
     host: str | None,
     port: int | None,
+    verify: str | None = None,
 ) -> ServeDeploySchema:
     """The configuration file, with what the command line says over it."""
     if path is None and DEFAULT_CONFIG.is_file():
@@ -60,6 +62,9 @@ def load_config(
         model = {"artifact": str(artifact.absolute())} if artifact else {"recipe": recipe}
         for application in values.get("applications", []):
             application.setdefault("args", {})["models"] = [model]
+    if verify is not None:
+        for application in values.get("applications", []):
+            application.setdefault("args", {})["verify"] = verify
     try:
         return ServeDeploySchema.model_validate(values)
     except ValidationError as error:
@@ -147,8 +152,13 @@ class Launch:
             address="local",
             namespace="serve",
             include_dashboard=self._dashboard,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=self._object_store_bytes(),
         )
+
+    def _object_store_bytes(self) -> int | None:
+        ours = [app for app in self._config.applications if app.import_path == BUILDER]
+        targets = {AppArgs.model_validate(app.args).staging.target for app in ours}
+        return None if "object_store" in targets else OBJECT_STORE_BYTES
 
     def _start_serve(self) -> None:
         serve.start(

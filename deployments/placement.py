@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import ray
 
-from deployments.args import AppArgs, ModelArgs
+from deployments.args import AppArgs, ModelArgs, StagingArgs
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.kernels.machine import num_cores
 
@@ -118,6 +119,8 @@ class ReplicaConfig:
     model: ModelArgs
     placement: Placement
     artifact_dir: str | None
+    staging: StagingArgs = field(default_factory=StagingArgs)
+    verify: Literal["auto", "full"] = "auto"
 
     def engine_config(self, cores: int) -> EngineConfig:
         """What the operator wrote, with what follows from where this replica was placed."""

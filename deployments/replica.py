@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deployments.args import DEFAULT_RECIPE, limits_of
+from ray.serve.handle import DeploymentHandle
+
+from deployments.args import limits_of
 from deployments.autoscaling import recorded
 from deployments.beats import with_beats
 from deployments.bus.sender import BusError, BusSender
@@ -32,23 +33,22 @@ from deployments.cpu_policy import compute_at_once
 from deployments.log import log_start, log_through_serve
 from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
-from optimizer.task import ensure_staged
+from deployments.staging import artifact_at_hand
 from torchweave_ray.api.streams.records import StreamRecords
-from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ConfigError, EngineError, TorchWeaveError
 from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
 from torchweave_ray.tokenizer import load_tokenizer, read_tokenizer_files
-
-if TYPE_CHECKING:
-    from torchweave_ray.build import LoadedModel
 
 logger = logging.getLogger(__name__)
 
 
 class ModelReplica:
     # Serve awaits it, inside the loop that the engine and the bus then live on.
-    async def __init__(self, config: ReplicaConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: ReplicaConfig, weights: DeploymentHandle | None = None
+    ) -> None:
+        """`weights`: their owner, where they are in Ray's object store."""
         log_through_serve()
         compute_at_once()
         cores = num_cores()
@@ -56,7 +56,7 @@ class ModelReplica:
         # Ray says 1 here for a replica of one CPU, and OpenMP takes it for every new thread, the
         # engine's too. It is read when torch is loaded, which must not have happened yet.
         os.environ["OMP_NUM_THREADS"] = str(engine_config.runner.threads)
-        from torchweave_ray.build import build_engine
+        from torchweave_ray.build import build_engine, load_model
         from torchweave_ray.engine.async_engine import AsyncEngine
 
         self._startup_s: dict[str, float] = {}
@@ -64,12 +64,16 @@ class ModelReplica:
         self._serves = False
         """From the first check of its health on, which Serve makes before it sends requests."""
         self._streams = StreamRecords()
-        # In threads: this loop answers Serve's own probes meanwhile.
-        loaded = await asyncio.to_thread(self._load, config, engine_config)
-        tokenizer = load_tokenizer(loaded.tokenizer_dir)
+        async with artifact_at_hand(config, weights, self._startup_s) as (folder, whole):
+            # In a thread: this loop answers Serve's own probes meanwhile.
+            loaded = await asyncio.to_thread(
+                load_model, folder, engine_config, config.model.name, whole
+            )
+            tokenizer = load_tokenizer(folder)
+            self._files = read_tokenizer_files(folder)
+        self._startup_s.update(loaded.startup_s)
         self._info = loaded.info
         self._id = own_id()
-        self._files = read_tokenizer_files(loaded.tokenizer_dir)
         self._alive = Alive(self._id, loaded.info.artifact_id, loaded.info.numerics_id)
         self._bus = BusSender(f"{loaded.info.id}:{os.getpid()}", self._alive)
         self._engine = AsyncEngine(
@@ -83,19 +87,6 @@ class ModelReplica:
         log_start(
             loaded.info, self._startup_s, engine_config.runner.threads or cores, cores, sharing
         )
-
-    def _load(self, config: ReplicaConfig, engine_config: EngineConfig) -> LoadedModel:
-        from torchweave_ray.build import load_model
-
-        start = time.perf_counter()
-        model = config.model
-        directory = ensure_staged(
-            model.recipe or DEFAULT_RECIPE, store=config.artifact_dir, model_dir=model.artifact
-        )
-        self._startup_s["stage"] = time.perf_counter() - start
-        loaded = load_model(directory, engine_config, model.name)
-        self._startup_s.update(loaded.startup_s)
-        return loaded
 
     async def generate(self, request: GenerateRequest, stream_id: int) -> CallResult:
         """Tokens go by the bus to `request.delivery`; stays open until the last one has left."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,39 @@ from optimizer.progress import LogProgress
 from optimizer.recipe import Recipe, resolve_recipe
 from optimizer.store import Store
 from torchweave_ray.errors import ArtifactError, TorchWeaveError
-from torchweave_ray.models.artifact import verify_artifact
+from torchweave_ray.models.artifact import (
+    SEAL,
+    WEIGHTS,
+    Lease,
+    hold_artifact,
+    read_manifest,
+    verify_artifact,
+)
 
-MAX_RETRIES = 3
-"""When the worker dies; the next one goes on where it was. Errors of ours are not retried."""
+
+@dataclass(frozen=True, slots=True)
+class StagingTask:
+    """What the task that stages an artifact asks Ray for."""
+
+    num_cpus: float = 0
+    """0: a replica may hold them all while it waits for this task."""
+    memory: int = 0
+    """Bytes."""
+    max_retries: int = 3
+    """When the worker dies; the next one goes on where it was. Errors of ours are not retried."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactParts:
+    """A staged artifact, to be put elsewhere."""
+
+    documents: dict[str, bytes]
+    """All but the weights, by name."""
+    weights: Path
+    sha256: str
+    num_bytes: int
+    """Of the weights."""
+    lease: Lease
 
 
 def stage_artifact(recipe: str | Recipe, store: str | Path | None = None) -> Path:
@@ -32,11 +62,26 @@ def check_recipe(recipe: str) -> None:
     resolve_recipe(recipe)
 
 
-def stage_task() -> Any:
-    """`stage_artifact` as a Ray remote function. It takes no CPU: a replica may hold them all."""
+def stage_task(recipe: Recipe, task: StagingTask, **options: Any) -> Any:
+    """`stage_artifact` as a Ray remote function, which the dashboard shows as `stage:<recipe>`."""
     import ray
 
-    return ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_stage_in_worker)
+    return ray.remote(
+        num_cpus=task.num_cpus,
+        memory=task.memory or None,
+        max_retries=task.max_retries,
+        name=f"stage:{recipe.name}",
+        **options,
+    )(_stage_in_worker)
+
+
+def artifact_parts(directory: Path) -> ArtifactParts:
+    """Of a checked artifact. Raises ArtifactError if it is gone."""
+    lease = hold_artifact(directory)
+    entry = read_manifest(directory).files[WEIGHTS]
+    small = [p for p in directory.iterdir() if p.is_file() and p.name not in (WEIGHTS, SEAL)]
+    documents = {path.name: path.read_bytes() for path in small}
+    return ArtifactParts(documents, directory / WEIGHTS, entry.sha256, entry.size, lease)
 
 
 def ensure_staged(
@@ -44,25 +89,27 @@ def ensure_staged(
     store: str | Path | None = None,
     model_dir: str | Path | None = None,
     full: bool = False,
+    task: StagingTask | None = None,
 ) -> Path:
     """The folder of a checked artifact on this node. Blocks while it is staged: from a coroutine,
     call it in a thread.
 
     `store`: by default ARTIFACT_DIR, or ./artifacts. `model_dir`: an artifact, or a link to one,
     to take as it is; by default ARTIFACT_MODEL_DIR. `full`: hash every file instead of comparing
-    size, mtime and inode. Raises ConfigError or ArtifactError, with the text to show a person.
+    size, mtime and inode. `task`: used where Ray runs. Raises ConfigError or ArtifactError, with
+    the text to show a person.
     """
     chosen = model_dir or os.environ.get("ARTIFACT_MODEL_DIR")
     if chosen:
         directory = Path(chosen).expanduser().resolve()
     else:
         root = default_store() if store is None else Path(store).expanduser().absolute()
-        directory = _staged(resolve_recipe(recipe), root)
+        directory = _staged(resolve_recipe(recipe), root, task or StagingTask())
     verify_artifact(directory, full=full)
     return directory
 
 
-def _staged(recipe: Recipe, root: Path) -> Path:
+def _staged(recipe: Recipe, root: Path, task: StagingTask) -> Path:
     if (found := find_staged(recipe, Store(root))) is not None:
         return found
     if not _ray_is_running():
@@ -71,9 +118,9 @@ def _staged(recipe: Recipe, root: Path) -> Path:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    task = stage_task().options(scheduling_strategy=here, name=f"stage:{recipe.name}")
+    remote = stage_task(recipe, task, scheduling_strategy=here)
     try:
-        return Path(ray.get(task.remote(recipe, str(root))))
+        return Path(ray.get(remote.remote(recipe, str(root))))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, TorchWeaveError):
             raise error.cause from None  # without the worker's traceback: it is for a person

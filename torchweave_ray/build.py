@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
@@ -24,6 +26,7 @@ from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPla
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.machine import fingerprint
 from torchweave_ray.models.artifact import (
+    WEIGHTS,
     Lease,
     Manifest,
     hold_artifact,
@@ -32,6 +35,7 @@ from torchweave_ray.models.artifact import (
 )
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.executors import Placement, executor_name, open_executor
+from torchweave_ray.models.mapped_file import map_shared
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
@@ -74,9 +78,13 @@ class LoadedModel:
 
 
 def load_model(
-    artifact_dir: Path, config: EngineConfig, model_id: str | None = None
+    artifact_dir: Path,
+    config: EngineConfig,
+    model_id: str | None = None,
+    weights: NDArray[np.uint8] | None = None,
 ) -> LoadedModel:
-    """Load an artifact; `model_id` defaults to its folder's name.
+    """Load an artifact; `model_id` defaults to its folder's name. `weights`: the weights file
+    [bytes] where the folder has none: shared memory that others map too, and that was checked.
 
     Raises ArtifactError naming the file or tensor at fault, or ConfigError with the numbers when
     the configuration does not fit this machine.
@@ -84,7 +92,8 @@ def load_model(
     stages = _Stages()
     with stages.timed("verify"):
         lease = hold_artifact(artifact_dir)
-        manifest = verify_artifact(artifact_dir)
+        whole = None if weights is None else map_shared(weights)
+        manifest = verify_artifact(artifact_dir, elsewhere=() if whole is None else (WEIGHTS,))
         model = ModelConfig.from_hf(read_hf_config(artifact_dir))
         _check_eos(model)
         spec = build_spec(model)
@@ -96,7 +105,9 @@ def load_model(
         placement = Placement(
             dtype, device, threads, config.runner.executor, config.cache.block_size
         )
-        executor = open_executor(artifact_dir, model, manifest, placement, TorchPagedAttention())
+        executor = open_executor(
+            artifact_dir, model, manifest, placement, TorchPagedAttention(), whole
+        )
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.
             set_num_threads(1)
@@ -104,8 +115,26 @@ def load_model(
         runner = _build_runner(executor, spec, model, config, kv_dtype, device)
     with stages.timed("first_step"):
         _run_first_step(runner)
-    info = ModelInfo(
-        id=model_id or artifact_dir.absolute().name,
+    name = model_id or artifact_dir.absolute().name
+    info = _info(name, manifest, model, executor, runner, config, placement, kv_dtype)
+    found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
+    cost = _tuned_cost(artifact_dir, found, config.scheduler)
+    return LoadedModel(runner, info, manifest, artifact_dir, cost, stages.seconds, lease)
+
+
+def _info(
+    name: str,
+    manifest: Manifest,
+    model: ModelConfig,
+    executor: NativeExecutor | TorchExecutor,
+    runner: ModelRunner,
+    config: EngineConfig,
+    placement: Placement,
+    kv_dtype: torch.dtype,
+) -> ModelInfo:
+    dtype, device = placement.dtype, placement.device
+    return ModelInfo(
+        id=name,
         artifact_id=manifest.artifact_id,
         numerics_id=_numerics_id(manifest, executor, dtype, kv_dtype, device),
         architecture=model.architecture,
@@ -120,9 +149,6 @@ def load_model(
         kv_dtype=_dtype_name(kv_dtype),
         quantization=manifest.quantization,
     )
-    found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
-    cost = _tuned_cost(artifact_dir, found, config.scheduler)
-    return LoadedModel(runner, info, manifest, artifact_dir, cost, stages.seconds, lease)
 
 
 def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer) -> Engine:

@@ -12,7 +12,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build, deployment_name
-from deployments.args import AppArgs, ModelArgs, limits_of
+from deployments.args import AppArgs, ModelArgs, StagingArgs, limits_of
 from deployments.environment import VARIABLES, apply_environment
 from deployments.launch import load_config
 from deployments.placement import Cluster, Placement, ReplicaConfig, place
@@ -33,6 +33,7 @@ def args(**values: Any) -> AppArgs:
         ({"modells": []}, "unknown key 'modells' in app args; did you mean 'models'?"),
         ({"models": [{"recipee": "x"}]}, "'recipee' in model args; did you mean 'recipe'?"),
         ({"ingress": {"buss": True}}, "'buss' in ingress args; did you mean 'bus'?"),
+        ({"staging": {"taget": "files"}}, "'taget' in staging args; did you mean 'target'?"),
         ({"models": [{"engine": {"cach": {}}}]}, "engine.cach; did you mean 'cache'?"),
         ({"models": [{"engine": {"scheduler": {"max_num_seq": 1}}}]}, "'max_num_seqs'"),
         ({"models": [{"engine": {"scheduler": {"max_num_seqs": "8"}}}]}, "must be int, got '8'"),
@@ -193,6 +194,8 @@ def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
     config = load_config(path, "org/m", None, "127.0.0.1", 9)
     assert (config.http_options.host, config.http_options.port) == ("127.0.0.1", 9)
     assert config.applications[0].args["models"] == [{"recipe": "org/m"}]
+    verified = load_config(path, None, None, None, None, verify="full")
+    assert AppArgs.model_validate(verified.applications[0].args).verify == "full"
     assert load_config(path, None, Path("a"), None, None).applications[0].args["models"] == [
         {"artifact": str(Path("a").absolute())}
     ]
@@ -230,3 +233,11 @@ def test_a_bad_user_config_is_named(user_config: dict[str, Any], message: str) -
     with pytest.raises(ConfigError, match=message):
         limits_of(model, user_config)
     assert limits_of(model, {"max_num_seqs": 4}) == {"max_num_seqs": 4}
+
+
+def test_staging_by_its_target_alone() -> None:
+    assert args(staging="object_store").staging == StagingArgs(target="object_store")
+    given = {"target": "object_store", "num_cpus": 2, "memory": 10, "max_retries": 0}
+    assert args(staging=given).staging.model_dump() == given
+    with pytest.raises(ValueError, match="'files' or 'object_store'"):
+        args(staging="objectstore")

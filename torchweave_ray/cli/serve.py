@@ -45,6 +45,9 @@ def serve(
         bool, typer.Option(help="HAProxy in front, in place of Ray's own Python proxy.")
     ] = True,
     dashboard: Annotated[bool, typer.Option(help="Start Ray's dashboard too.")] = True,
+    verify: Annotated[
+        str | None, typer.Option(help="full: hash artifacts whole at every start.")
+    ] = None,
 ) -> None:
     """Start Ray on this machine and serve a model over HTTP until SIGTERM or Ctrl-C.
 
@@ -65,7 +68,7 @@ def serve(
         from deployments.launch import Launch, load_config
 
         let_models_finish()
-        plan = load_config(config, recipe, artifact, host, port)
+        plan = load_config(config, recipe, artifact, host, port, verify)
         Launch(plan, dashboard, typer.echo).run(stop.event, stop.install)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,20 +7,26 @@ a file huge pages in the page cache (all processes share them) when its file sys
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
 import struct
+import warnings
 from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchweave_ray.errors import ArtifactError
 
+_READ = 1  # PROT_READ
+_CACHE_LINE = 64
 _DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -47,6 +53,24 @@ def map_file(path: Path) -> Tensor:
         with suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def map_shared(memory: NDArray[np.uint8]) -> Tensor:
+    """Memory [bytes] that other processes map too, as it lies; it lives as long as a view of it.
+
+    Its pages become read-only for this process: an op in place would change everybody's weights.
+    Kernels want tensors on cache lines; a buffer that is not is copied.
+    """
+    if memory.ctypes.data % _CACHE_LINE:
+        return torch.from_numpy(memory.copy())
+    first = -(-memory.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    num_bytes = (memory.ctypes.data + memory.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if num_bytes > 0 and libc.mprotect(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), _READ):
+        raise ArtifactError(f"weights cannot be protected: {os.strerror(ctypes.get_errno())}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(memory)
 
 
 def tensors_in(whole: Tensor, where: str) -> dict[str, Tensor]:
