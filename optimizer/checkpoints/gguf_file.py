@@ -6,6 +6,7 @@ Whatever the file holds that we would not compute is refused by name.
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +32,8 @@ from torchweave_ray.models.artifact import (
     TOKENIZER_CONFIG,
 )
 
+_STEP = 4 << 20
+"""Elements that are dequantised at once."""
 ROPE_FREQS = "rope_freqs.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _TOP: Mapping[str, str] = MappingProxyType(
@@ -65,13 +68,14 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     @data.setter
     def data(self, mapped: np.ndarray[Any, Any]) -> None:
         self._plain = mapped.view(np.ndarray)
+        self.mapped = mapped._mmap  # type: ignore[attr-defined]
 
 
 class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            reader = _Reader(path)
+            reader = self._reader = _Reader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise ArtifactError(f"{path} is not a whole GGUF file: {error}") from error
         self._metadata: dict[str, Any] = {
@@ -98,16 +102,26 @@ class GgufCheckpoint:
         """float32, in Hugging Face's order of rows."""
         tensor = self._by_name[name]
         try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            values = self._dequantized(tensor)
         except NotImplementedError as error:
             raise ArtifactError(
                 f"{self._path}: tensor {tensor.name} is {tensor.tensor_type.name}, which the gguf "
                 "package cannot dequantise"
             ) from error
-        if not values.flags.writeable:  # F32 and F16 come as views of the mapped file
-            values = values.copy()
-        loaded = torch.from_numpy(values.astype(np.float32, copy=False)).reshape(_shape(tensor))
-        return self._ordered(name, loaded)
+        self._unmap()
+        return self._ordered(name, torch.from_numpy(values).reshape(_shape(tensor)))
+
+    def _dequantized(self, tensor: Any) -> np.ndarray[Any, Any]:
+        """float32, some rows at a time: the package's arithmetic takes several times the result."""
+        data = tensor.data
+        if data.ndim == 1:
+            return np.array(gguf.dequantize(data, tensor.tensor_type), dtype=np.float32)
+        values = np.empty((len(data), tensor.n_elements // max(len(data), 1)), np.float32)
+        step = max(1, _STEP // max(values.shape[1], 1))
+        for start in range(0, len(data), step):
+            rows = gguf.dequantize(data[start : start + step], tensor.tensor_type)
+            values[start : start + step] = rows.reshape(-1, values.shape[1])
+        return values
 
     def codes(self, name: str) -> QuantizedLinear | None:
         """Of Q8_0, Q4_0 and Q4_1, in Hugging Face's order of rows."""
@@ -117,7 +131,12 @@ class GgufCheckpoint:
             return None
         mins = None if found.mins is None else self._ordered(name, found.mins)
         codes, scales = self._ordered(name, found.codes), self._ordered(name, found.scales)
+        self._unmap()
         return replace(found, codes=codes, scales=scales, mins=mins)
+
+    def _unmap(self) -> None:
+        """What was read stays in the page cache, but is no longer this process's memory."""
+        self._reader.mapped.madvise(mmap.MADV_DONTNEED)
 
     def _ordered(self, name: str, rows: Tensor) -> Tensor:
         if ".q_proj." in name:

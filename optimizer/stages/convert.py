@@ -16,7 +16,7 @@ from optimizer.checkpoints.lora import MergedCheckpoint
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.stages.fetch import open_fetched
-from optimizer.tensor_file import DTYPES, write_tensors
+from optimizer.tensor_file import DTYPES, TensorWriter
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import CONFIG, TOKENIZER, WEIGHTS, Manifest
 from torchweave_ray.models.config import ModelConfig
@@ -54,8 +54,10 @@ class ConvertStage:
         ]
         itemsize = DTYPES[dtype].itemsize
         self.progress.expect(itemsize * sum(_count(entry.shape) for entry in entries))
-        parts = (checkpoint.load(name) for name in names)
-        write_tensors(folder / WEIGHTS, entries, parts, self.progress.advance)
+        key = json.dumps([manifest.source_sha256, manifest.recipe])
+        with TensorWriter(folder / WEIGHTS, entries, self.progress.advance, key) as writer:
+            for name in names[writer.num_done :]:
+                writer.write(checkpoint.load(name))
         canonical = {"dtype": dtype, "quantization": self.recipe.quantization.canonical()}
         return replace(
             manifest,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
 
 from optimizer.progress import Progress
-from optimizer.tensor_file import DTYPES, write_tensors
+from optimizer.tensor_file import DTYPES, TensorWriter
 from torchweave_ray.models.artifact import WEIGHTS, Manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.tensors import LAYOUT, FusedTensor, StoredTensor, fused_tensors
+from torchweave_ray.models.tensors import LAYOUT, StoredTensor, fused_tensors
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,11 @@ class FuseStage:
         dtype = DTYPES[manifest.dtype]
         entries = [StoredTensor(tensor.name, tensor.shape, dtype) for tensor in fused]
         self.progress.expect((source / WEIGHTS).stat().st_size)
-        write_tensors(
-            folder / WEIGHTS,
-            entries,
-            _parts(source / WEIGHTS, fused),
-            self.progress.advance,
-        )
+        key = json.dumps([manifest.source_sha256, manifest.recipe])
+        with TensorWriter(folder / WEIGHTS, entries, self.progress.advance, key) as writer:
+            for tensor in fused[writer.num_done :]:
+                # Opened for each: pages of a mapping stay in memory as long as it is there.
+                with safe_open(source / WEIGHTS, framework="pt", device="cpu") as file:
+                    for name in tensor.sources:
+                        writer.write(file.get_tensor(name))
         return replace(manifest, layout=LAYOUT)
-
-
-def _parts(path: Path, fused: Sequence[FusedTensor]) -> Iterator[Tensor]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        for tensor in fused:
-            for name in tensor.sources:
-                yield file.get_tensor(name)
