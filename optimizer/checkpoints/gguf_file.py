@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from torch import Tensor
 from optimizer.checkpoints.checkpoint import TensorInfo, json_document
 from optimizer.checkpoints.gguf_codes import read_codes
 from optimizer.checkpoints.gguf_config import hf_config, hf_generation_config
+from optimizer.checkpoints.gguf_header import check_header
 from optimizer.checkpoints.gguf_tokenizer import tokenizer_config, tokenizer_json
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.quantization import QuantizedLinear
@@ -74,13 +76,16 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
 class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self._path = path
+        check_header(path)
         try:
             reader = self._reader = _Reader(path)
-        except (OSError, ValueError, IndexError, KeyError) as error:
+            self._metadata: dict[str, Any] = {
+                name: field.contents()
+                for name, field in reader.fields.items()
+                if name[:5] != "GGUF."
+            }
+        except Exception as error:  # the package expects a whole file, and raises what comes
             raise ArtifactError(f"{path} is not a whole GGUF file: {error}") from error
-        self._metadata: dict[str, Any] = {
-            name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."
-        }
         self._by_name: dict[str, Any] = {}
         rope_factors: list[float] | None = None
         for tensor in reader.tensors:
@@ -92,7 +97,8 @@ class GgufCheckpoint:
             name: TensorInfo(_shape(tensor), tensor.tensor_type.name, int(tensor.n_bytes))
             for name, tensor in self._by_name.items()
         }
-        self._config = hf_config(self._metadata, self._tensors, rope_factors)
+        with _sound_metadata(path):
+            self._config = hf_config(self._metadata, self._tensors, rope_factors)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -146,12 +152,22 @@ class GgufCheckpoint:
         return rows
 
     def documents(self) -> dict[str, bytes]:
-        return {
-            CONFIG: json_document(self._config),
-            GENERATION_CONFIG: json_document(hf_generation_config(self._metadata)),
-            TOKENIZER: tokenizer_json(self._metadata, self._config["vocab_size"]),
-            TOKENIZER_CONFIG: json_document(tokenizer_config(self._metadata)),
-        }
+        with _sound_metadata(self._path):
+            return {
+                CONFIG: json_document(self._config),
+                GENERATION_CONFIG: json_document(hf_generation_config(self._metadata)),
+                TOKENIZER: tokenizer_json(self._metadata, self._config["vocab_size"]),
+                TOKENIZER_CONFIG: json_document(tokenizer_config(self._metadata)),
+            }
+
+
+@contextmanager
+def _sound_metadata(path: Path) -> Iterator[None]:
+    """A key whose value is of another type than it should be is refused, whichever it is."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ArtifactError(f"{path}: its metadata cannot be read: {error!r}") from error
 
 
 def _hf_name(name: str, path: Path) -> str:

@@ -39,6 +39,11 @@ class ConvertStage:
         checkpoint = open_fetched(work)
         documents = checkpoint.documents()
         config = ModelConfig.from_hf(_parse(documents[CONFIG]))
+        if config.num_layers > len(checkpoint.tensors):
+            raise ArtifactError(
+                f"{CONFIG} has {config.num_layers} layers, the source only "
+                f"{len(checkpoint.tensors)} tensors"
+            )
         build_spec(config)
         names = _checked_names(config, checkpoint)
         if isinstance(checkpoint, MergedCheckpoint):

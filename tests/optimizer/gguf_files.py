@@ -39,9 +39,10 @@ def make_gguf(
     pre: str = "gpt-2",
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
+    raw: Mapping[str, tuple[str, np.ndarray]] | None = None,
 ) -> Path:
     """`quantization` is of the matrices. `extra`: further or other metadata; None drops a key.
-    `tensors`: further ones, by GGUF name."""
+    `tensors`: further ones, by GGUF name. `raw`: type and bytes in place of some."""
     config = json.loads((checkpoint / "config.json").read_text())
     metadata = _metadata(config, checkpoint, pre) | dict(extra or {})
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
@@ -49,7 +50,11 @@ def make_gguf(
         if key != "general.architecture" and value is not None:
             _add(writer, key, value)
     for name, values in load_file(checkpoint / "model.safetensors").items():
-        _write(writer, _gguf_name(name), _permuted(name, values, config), quantization)
+        if (gguf_name := _gguf_name(name)) in (raw or {}):
+            kind, data = raw[gguf_name]
+            writer.add_tensor(gguf_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            continue
+        _write(writer, gguf_name, _permuted(name, values, config), quantization)
     for name, values in (tensors or {}).items():
         _write(writer, name, values, "F32")
     writer.write_header_to_file()
