@@ -8,7 +8,8 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 import requests
@@ -31,9 +32,10 @@ _IDENTITY = {"Accept-Encoding": "identity"}
 class HttpFiles:
     num_connections = _CONNECTIONS
 
-    def __init__(self, url: str) -> None:
-        """`url` of the folder; a query goes to each of its files."""
+    def __init__(self, url: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """`url` of the folder; a query goes to each of its files. `headers` go to its host only."""
         self._parts = urlsplit(url)
+        self._headers = headers
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
@@ -82,9 +84,10 @@ class HttpFiles:
         """An open response. Follows redirects one by one: a password goes to its own host only."""
         url = self._url(name)
         for _ in range(_MAX_REDIRECTS + 1):
+            own = self._headers if urlsplit(url)[:2] == self._parts[:2] else {}
             response = self._session.get(
                 url,
-                headers=_IDENTITY | headers,
+                headers={**own, **_IDENTITY, **headers},
                 stream=True,
                 allow_redirects=False,
                 timeout=_TIMEOUT_S,

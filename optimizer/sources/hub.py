@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.sources.local import model_files
-from optimizer.sources.remote_files import MODEL_PATTERNS
+from optimizer.sources.remote_files import MODEL_PATTERNS, is_model_file
 from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError
 
@@ -33,6 +33,7 @@ class HubSource:
     def fetch(self, folder: Path, arrivals: Arrivals) -> Fetched:
         from huggingface_hub import snapshot_download  # slow to import
 
+        hashes = self._fill_cache(folder, arrivals)
         try:
             snapshot = Path(
                 snapshot_download(
@@ -46,12 +47,29 @@ class HubSource:
         except Exception as error:
             # The client raises its own, its HTTP library's and built-in errors alike.
             raise ArtifactError(self._explain(error)) from error
+        hashed = {snapshot / path: sha256 for path, sha256 in hashes.items()}
         if self.member is None:
-            return Fetched(snapshot, model_files(snapshot), snapshot.name)
+            files = model_files(snapshot, follow=True)
+            return Fetched(snapshot, files, snapshot.name, hashed)
         file = snapshot / self.member
         if not file.is_file():
             raise ArtifactError(f"{self.repo_id} has no file {self.member}")
-        return Fetched(file, (file,), snapshot.name)
+        return Fetched(file, (file,), snapshot.name, hashed)
+
+    def _fill_cache(self, folder: Path, arrivals: Arrivals) -> dict[str, str]:
+        """What is too large to begin anew after a kill. Without a hub, what the cache has must do;
+        any trouble but our own is left to the client, which says it better."""
+        from optimizer.sources.hub_cache import fill_cache
+
+        try:
+            return fill_cache(self.repo_id, self.revision, self._wants, folder, arrivals)
+        except ArtifactError:
+            raise
+        except Exception:
+            return {}
+
+    def _wants(self, path: str) -> bool:
+        return path == self.member if self.member else is_model_file(path)
 
     def _explain(self, error: Exception) -> str:
         kind = type(error).__name__

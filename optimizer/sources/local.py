@@ -46,18 +46,20 @@ class GgufSource:
         return Fetched(self.path, (self.path,))
 
 
-def model_files(folder: Path) -> tuple[Path, ...]:
+def model_files(folder: Path, follow: bool = False) -> tuple[Path, ...]:
     """Files of a model folder that staging may read, in a fixed order; subfolders are not read.
 
-    A link may lead elsewhere in the folder, or to the blobs of a Hugging Face cache, which are
-    links' targets by design. Raises ArtifactError for one that leads further: whoever made the
-    folder would choose which file of this machine is published.
+    A link may lead elsewhere in the folder, or within a Hugging Face cache, which is made of links.
+    Raises ArtifactError for one that leads further: whoever made the folder would choose which
+    file of this machine is published. `follow`: the hub's client made it.
     """
     found = {path for pattern in MODEL_PATTERNS for path in folder.glob(pattern) if path.is_file()}
-    allowed = (folder.resolve(), folder.resolve().parent.parent / "blobs")
-    for path in found:
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+        root = root.parents[2]
+    for path in () if follow else found:
         target = path.resolve()
-        if path.is_symlink() and not any(target.is_relative_to(root) for root in allowed):
+        if path.is_symlink() and not target.is_relative_to(root):
             raise ArtifactError(
                 f"{path} is a link out of its folder, to {target}: put the file there itself"
             )

@@ -142,6 +142,7 @@ def test_a_full_disk_of_its_own(tmp_path: Path) -> None:
     assert "/big-" in second
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_it_is_written(tmp_path: Path) -> None:
     """No file may grow over 200 KB: what the kernel says then names the stage and its need."""
     source = make_checkpoint(tmp_path / "tiny")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,8 @@ class _Server(ThreadingHTTPServer):
     folder: Path
     commit: str
     revisions: tuple[str, ...]
+    answers: list[tuple[str, int, int]]
+    """Name, status and bytes of each answer."""
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -37,7 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == f"{api}tree/{hub.commit}":
             self._answer(json.dumps([self._row(file) for file in hub.files()]).encode())
         elif path.startswith(files):
-            self._answer((hub.folder / path.removeprefix(files)).read_bytes())
+            self._send(hub.folder / path.removeprefix(files))
         else:
             self._refuse("RevisionNotFound" if path.startswith(api) else "RepoNotFound")
 
@@ -46,14 +49,25 @@ class _Handler(BaseHTTPRequestHandler):
         blob = file_sha256(file)[:40]
         return {"type": "file", "path": name, "size": file.stat().st_size, "oid": blob}
 
-    def _answer(self, data: bytes) -> None:
-        self.send_response(200)
+    def _send(self, file: Path) -> None:
+        data, span = file.read_bytes(), self.headers.get("Range", "")
+        if found := re.fullmatch(r"bytes=(\d+)-(\d+)", span):
+            start, end = int(found[1]), min(int(found[2]) + 1, len(data))
+            said = {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+            self._answer(data[start:end], 206, file_sha256(file), **said)
+        else:
+            self._answer(data, 200, file_sha256(file))
+
+    def _answer(self, data: bytes, status: int = 200, etag: str = "", **headers: str) -> None:
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("X-Repo-Commit", self.server.commit)
-        self.send_header("ETag", f'"{hash(self.path) & 0xFFFFFFFF:x}"')
+        for name, value in (headers | {"ETag": f'"{etag}"'}).items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data)
+            self.server.answers.append((self.path.rpartition("/")[2], status, len(data)))
 
     def _refuse(self, code: str) -> None:
         self.send_response(404)
@@ -69,6 +83,8 @@ class FakeHub:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.repo_id, self._server.folder = repo_id, folder
         self._server.commit, self._server.revisions = commit, revisions
+        self.answers: list[tuple[str, int, int]] = []
+        self._server.answers = self.answers
         self._thread = threading.Thread(target=self._server.serve_forever)
 
     def __enter__(self) -> str:

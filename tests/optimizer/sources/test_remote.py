@@ -144,6 +144,7 @@ def test_a_killed_download_goes_on(tmp_path: Path, folder: Path, web: WebServer)
     assert web.num_bytes <= size - CHUNK * len(lines) + CHUNK  # the last chunk may be short
 
 
+@pytest.mark.slow
 def test_damaged_and_outdated_parts_are_fetched_again(
     tmp_path: Path, folder: Path, web: WebServer
 ) -> None:
@@ -161,6 +162,7 @@ def test_damaged_and_outdated_parts_are_fetched_again(
     assert optimize(Recipe("t", url, verify="none"), copy).name == f"t-{expected}"
 
 
+@pytest.mark.slow
 def test_a_killed_read_by_fsspec_goes_on(tmp_path: Path, folder: Path) -> None:
     expected = _stage(str(folder), tmp_path / "direct").name.rpartition("-")[2]
     store, url = tmp_path / "store", f"local://{folder}"
@@ -321,8 +323,8 @@ def test_an_index_names_no_file_elsewhere(
 
 
 def test_links_of_a_local_folder(tmp_path: Path, folder: Path) -> None:
-    blobs = tmp_path / "cache" / "blobs"
-    snapshot = tmp_path / "cache" / "snapshots" / "main"
+    blobs = tmp_path / "cache" / "models--org--tiny" / "blobs"
+    snapshot = blobs.parent / "snapshots" / "main"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for path in folder.iterdir():

@@ -132,8 +132,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield url, folder
 
 
-def _command(endpoint: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The hub's client reads its settings when imported, so it needs a process of its own."""
+def _hub_environment(endpoint: str, cache: Path) -> dict[str, str]:
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(cache),
@@ -141,6 +140,12 @@ def _command(endpoint: str, cache: Path, *arguments: str) -> subprocess.Complete
     }
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
         environment.pop(name, None)
+    return environment
+
+
+def _command(endpoint: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The hub's client reads its settings when imported, so it needs a process of its own."""
+    environment = _hub_environment(endpoint, cache)
     command = [sys.executable, "-m", "optimizer", *arguments]
     root = Path(__file__).parents[3]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
@@ -170,6 +175,59 @@ def test_a_hub_id_from_the_command_line(tmp_path: Path, hub: tuple[str, Path]) -
     assert offline.returncode == 1
     assert "connect, or copy the model to a folder" in offline.stderr.splitlines()[-1]
     assert "Traceback" not in offline.stderr
+
+
+KILLED = """
+import os, signal, sys
+from optimizer.__main__ import main
+from optimizer.pipeline import _CountingProgress
+from optimizer.sources import hub_cache
+from optimizer.sources.partial_file import PartialFile
+
+hub_cache.LARGE, PartialFile.chunk_size = 100_000, 20_000
+left = int(sys.argv.pop(1))
+advance = _CountingProgress.advance
+def count(self, num_bytes):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    advance(self, num_bytes)
+_CountingProgress.advance = count
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_large_file_of_the_hub_goes_on_after_a_kill(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "hub", num_hidden_layers=1)
+    direct = read_manifest(optimize(folder, tmp_path / "direct"))
+    hub = FakeHub("org/tiny", folder, COMMIT, ("main",))
+    with hub as endpoint:
+        store, cache = tmp_path / "store", tmp_path / "cache"
+        root = Path(__file__).parents[3]
+        environment = _hub_environment(endpoint, cache)
+        runs = []
+        for kill_after in (5, 0):
+            command = [sys.executable, "-c", KILLED, str(kill_after), "org/tiny"]
+            command += ["--store", str(store)]
+            runs.append(
+                subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+            )
+            if kill_after:
+                log = next((store / ".work").rglob("*.part.log")).read_text().splitlines()
+                hub.answers.clear()
+    assert [run.returncode for run in runs] == [-9, 0], runs[1].stderr
+    size = (folder / "model.safetensors").stat().st_size
+    brought = [n for name, status, n in hub.answers if name == "model.safetensors" and n > 1]
+    assert all(status == 206 for name, status, _ in hub.answers if name == "model.safetensors")
+    assert len(log) > 4
+    assert sum(brought) <= size - 20_000 * (len(log) - 2)
+    manifest = verify_artifact(Path(runs[1].stdout.strip()), full=True)
+    assert manifest.files["model.safetensors"] == direct.files["model.safetensors"]
+    assert manifest.source_sha256 == direct.source_sha256
+    links = [path for path in cache.rglob("model.safetensors") if path.is_symlink()]
+    assert [link.read_bytes() for link in links] == [(folder / "model.safetensors").read_bytes()]
 
 
 RANDOM_CONFIG = {
