@@ -39,8 +39,9 @@ check: setup ## ruff, mypy --strict, layering and sizes
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_sizes.py
 
+# Two processes, whatever the machine has: the tests that start Ray in one, the others in both.
 test: setup ## every test but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: setup ## the slow ones
 	$(BIN)/python -m pytest -m slow
