@@ -89,9 +89,8 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
         **({"request_router_config": _router()} if model.router == "prefix" else {}),
         **_options(args.longest_stream_s),
     )
-    config = ReplicaConfig(
-        model, placement, _absolute(args.artifact_dir), args.staging, args.verify
-    )
+    store, cache = _absolute(args.artifact_dir), _absolute(args.artifact_cache)
+    config = ReplicaConfig(model, placement, store, cache, args.staging, args.verify)
     return deployment.bind(config, _weights(config))
 
 
@@ -172,7 +171,9 @@ def _actor_options(
 
 
 def _absolute(path: str | None) -> str | None:
-    """A replica may run in another folder than this builder."""
+    """A replica may run in another folder than this builder. A URL means the same everywhere."""
+    if path and "://" in path:
+        return path
     return path and str(Path(path).expanduser().absolute())
 
 

@@ -91,7 +91,7 @@ class ModelArgs(StrictModel):
     recipe: str | None = None
     """A recipe's name or path, a folder, a GGUF file, a Hugging Face id, or pypi:..."""
     artifact: str | None = None
-    """An artifact that is staged already, in place of a recipe."""
+    """An artifact that is staged already, a folder or a URL, in place of a recipe."""
     num_replicas: int = Field(default=1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU for every replica where the cluster has any."""
@@ -205,7 +205,10 @@ class IngressArgs(StrictModel):
 class AppArgs(StrictModel):
     models: tuple[ModelArgs, ...] = Field(default=(ModelArgs(recipe=DEFAULT_RECIPE),), min_length=1)
     artifact_dir: str | None = None
-    """Where staged artifacts are kept; None: the optimizer's own place."""
+    """Where staged artifacts are kept, a folder or a URL (s3://...); None: the optimizer's own
+    place."""
+    artifact_cache: str | None = None
+    """A node's copies, where artifact_dir is shared storage; of a URL there is a default."""
     staging: StagingArgs = StagingArgs()
     """`staging: object_store` is short for its target."""
     verify: Literal["auto", "full"] = "auto"

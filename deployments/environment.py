@@ -29,6 +29,7 @@ VARIABLES = (
     Variable("HF_MODEL", ("models", "recipe"), str),
     Variable("ARTIFACT_MODEL_DIR", ("models", "artifact"), str),
     Variable("ARTIFACT_DIR", ("artifact_dir",), str),
+    Variable("ARTIFACT_CACHE_DIR", ("artifact_cache",), str),
     Variable("MAX_BATCH", ("models", "engine", "scheduler", "max_num_seqs"), int),
     Variable("SCHEDULE_TICK_MS", ("models", "engine", "scheduler", "schedule_tick_ms"), float),
     Variable("MAX_NEW_TOKENS", ("api", "max_new_tokens"), int),

@@ -44,7 +44,7 @@ HTTP_READY_S = 60.0
 def load_config(
     path: Path | None,
     recipe: str | None,
-    artifact: Path | None,
+    artifact: str | Path | None,
     host: str | None,
     port: int | None,
     verify: str | None = None,
@@ -59,7 +59,7 @@ def load_config(
     if recipe is not None and artifact is not None:
         raise ConfigError("give --recipe or --artifact, not both")
     if recipe is not None or artifact is not None:
-        model = {"artifact": str(artifact.absolute())} if artifact else {"recipe": recipe}
+        model = {"artifact": _absolute(artifact)} if artifact else {"recipe": recipe}
         for application in values.get("applications", []):
             application.setdefault("args", {})["models"] = [model]
     if verify is not None:
@@ -69,6 +69,10 @@ def load_config(
         return ServeDeploySchema.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _absolute(artifact: str | Path) -> str:
+    return str(artifact) if "://" in str(artifact) else str(Path(artifact).absolute())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class ReplicaConfig:
     model: ModelArgs
     placement: Placement
     artifact_dir: str | None
+    artifact_cache: str | None = None
     staging: StagingArgs = field(default_factory=StagingArgs)
     verify: Literal["auto", "full"] = "auto"
 

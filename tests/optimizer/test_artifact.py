@@ -69,8 +69,8 @@ def test_bits_that_flip_anywhere_are_refused(artifact: Path) -> None:
     assert {MANIFEST, REPORT} < {path.name for path in files}
     for path in files:
         whole = path.read_bytes()
-        offsets = {draw.randrange(len(whole)) for _ in range(40)} | {0, len(whole) - 1}
-        for offset in offsets if path.name != MANIFEST else range(len(whole)):
+        count = 200 if path.name == MANIFEST else 20
+        for offset in {draw.randrange(len(whole)) for _ in range(count)} | {0, len(whole) - 1}:
             data = bytearray(whole)
             data[offset] ^= 1 << draw.randrange(8)
             path.write_bytes(data)

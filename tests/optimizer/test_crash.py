@@ -57,6 +57,28 @@ def test_killed_everywhere_then_resumed(tmp_path: Path, source: Path) -> None:
     _check_crashes(source, tmp_path, first=1, step=1)
 
 
+def _check_shared(source: Path, tmp_path: Path, seeds: range) -> None:
+    expected = optimize(source, tmp_path / "whole").name
+    for case in _run("shared", source, tmp_path / "shared", *seeds):
+        killed = [result for result in case["results"] if result == {"killed": True}]
+        ended = [result for result in case["results"] if "artifact" in result]
+        assert len(killed) + len(ended) == 8, case
+        assert len(ended) >= 4, case
+        assert {result["artifact"] for result in ended + case["last"]} == {expected}, case
+        assert [result["stages"] for result in case["last"]] == [[], []], case
+        for seen in case["seen"]:
+            assert seen == {"artifacts": [expected], "broken": []}, case
+
+
+def test_two_nodes_at_once_with_some_killed(tmp_path: Path, source: Path) -> None:
+    _check_shared(source, tmp_path, range(1))
+
+
+@pytest.mark.slow
+def test_two_nodes_at_once_with_some_killed_often(tmp_path: Path, source: Path) -> None:
+    _check_shared(source, tmp_path, range(1, 20))
+
+
 def test_stagers_at_once_stage_once(tmp_path: Path, source: Path) -> None:
     for results in _run("race", source, tmp_path / "store", 2, 8):
         assert len({result["artifact"] for result in results}) == 1

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from optimizer.pipeline import optimize
+from optimizer.progress import LogProgress
 from optimizer.recipe import resolve_recipe
 from optimizer.task import ensure_staged, stage_artifact
 from tests.tiny import make_checkpoint, make_tiny_artifact
 from torchweave_ray.errors import ArtifactError, ConfigError
+from torchweave_ray.models.artifact import read_report, verify_artifact
 
 
 @pytest.fixture
@@ -58,6 +66,46 @@ def ray_node() -> Iterator[Any]:
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+def test_the_log_says_how_far_a_stage_is(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        progress = LogProgress(interval_s=0)
+        progress.start("fetch")
+        progress.expect(4_000_000)
+        progress.advance(1_000_000)
+        progress.finish("fetch", 1.0, False)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "[Optimizer] fetch ..."
+    assert said[1].startswith("[Optimizer] fetch 1.0 of 4.0 MB, ")
+    assert said[2] == "[Optimizer] fetch 1.0 s, 1.0 MB"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_task_whose_worker_dies_goes_on_in_another(tmp_path: Path, ray_node: Any) -> None:
+    source = make_checkpoint(tmp_path / "tiny", num_hidden_layers=24, hidden_size=256)
+    recipe = resolve_recipe(source)
+    killed: list[int] = []
+
+    def kill_once() -> None:
+        marker = tmp_path / "store" / ".work"
+        while not list(marker.glob("*/convert.done.json")):
+            time.sleep(0.002)
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if b"ray::stage:tiny" in (folder / "cmdline").read_bytes():
+                    killed.append(int(folder.name))
+                    os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_once)
+    killer.start()
+    staged = ensure_staged(recipe, tmp_path / "store")
+    killer.join()
+    assert len(killed) == 1, "the task bears the recipe's name"
+    stages = {stage["name"]: stage for stage in read_report(staged)["stages"]}
+    assert stages["convert"]["resumed"], "the second worker went on"
+    verify_artifact(staged, full=True)
 
 
 @pytest.mark.ray

@@ -192,10 +192,10 @@ _NOT_COMPARED = ("directory", "report.stages", "report.report_sha256", "manifest
 
 def _open_store(root: Path | None) -> Any:
     """A `Store`; types of the upper packages are not known here."""
-    from optimizer.pipeline import default_store
+    from optimizer.remote_store import open_places
     from optimizer.store import Store
 
-    return Store(default_store() if root is None else root.expanduser().absolute())
+    return open_places(None, None)[0] if root is None else Store(root.expanduser().absolute())
 
 
 def _entry(entry: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,9 +18,22 @@ def optimize(
         ),
     ] = None,
     store: Annotated[
-        Path | None,
-        typer.Option(help="Folder of artifacts. Default: ARTIFACT_DIR, or ./artifacts."),
+        str | None,
+        typer.Option(
+            help="Folder of artifacts, or a URL (s3://...) of shared ones. Default: ARTIFACT_DIR, "
+            "or ./artifacts."
+        ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="This node's copies of a shared store. Default: ARTIFACT_CACHE_DIR."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run as a task of the Ray cluster at this address; auto: the one here."),
+    ] = None,
+    num_cpus: Annotated[float, typer.Option(help="What the task asks Ray for.", min=0)] = 1,
+    memory: Annotated[int, typer.Option(help="Likewise, in bytes.", min=0)] = 0,
 ) -> None:
     """Stage a model: fetch, convert, fuse, quantise, pack, check and publish it as one artifact.
 
@@ -31,6 +43,12 @@ def optimize(
     from optimizer.progress import BarProgress
     from optimizer.recipe import DEFAULT_RECIPE
 
+    if ray is not None:
+        from optimizer.task import StagingTask, stage_on_cluster
+
+        task = StagingTask(num_cpus, memory)
+        print(stage_on_cluster(recipe or DEFAULT_RECIPE, store, cache, ray, task))
+        return
     with BarProgress() as progress:
-        directory = stage_model(recipe or DEFAULT_RECIPE, store, progress)
+        directory = stage_model(recipe or DEFAULT_RECIPE, store, progress, cache)
     print(directory)

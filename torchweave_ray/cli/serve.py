@@ -37,7 +37,7 @@ def serve(
         typer.Option(help="Serve this model instead: whatever `torchweave optimize` takes."),
     ] = None,
     artifact: Annotated[
-        Path | None, typer.Option(help="Serve this staged artifact instead.")
+        str | None, typer.Option(help="Serve this staged artifact instead: a folder or a URL.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")] = None,
