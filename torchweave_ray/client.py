@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 _BROKEN = (OSError, http.client.HTTPException)
 _PAUSE_S = 0.2
+_WORTH_ANOTHER = (500, 502, 503)
+_MORE_TRIES = 2
+"""Than there are servers, while nothing has come: behind one address there may be several."""
 
 
 class StreamFailed(TorchWeaveError):
@@ -55,11 +58,13 @@ def stream(
     """Events of POST `path`; `body` asks for a stream. Raises StreamFailed.
 
     `urls` are servers of one application, tried in turn when one is lost. `timeout_s` is the
-    longest silence of a live one, `patience_s` how long a lost stream is tried again.
+    longest silence of a live one, `patience_s` how long a lost stream is tried again. A request of
+    which nothing has come yet is made anew, at each and twice more.
     """
     servers = [urls] if isinstance(urls, str) else list(urls)
     ask = "POST", path, {"Content-Type": "application/json"}, json.dumps(body).encode()
     last_id, num_tries, lost_at = "", 0, time.monotonic()
+    most_tries = len(servers) - 1 + _MORE_TRIES
     while True:
         server = servers[num_tries % len(servers)]
         try:
@@ -68,15 +73,15 @@ def stream(
                 yield event
             return
         except StreamFailed as error:
-            if error.status < 500 or not last_id:
+            if error.status not in _WORTH_ANOTHER or (not last_id and num_tries >= most_tries):
                 raise
             reason = error.message
         except _BROKEN as error:
             reason = f"{type(error).__name__}: {error}"
         now = time.monotonic()
         lost_at = lost_at or now
-        # Without an id nothing has come: only the same request may be made again, at another one.
-        if now - lost_at > patience_s or (not last_id and num_tries + 1 >= len(servers)):
+        # Without an id nothing has come: there is nothing to go on with but the request itself.
+        if now - lost_at > patience_s or (not last_id and num_tries >= most_tries):
             raise StreamFailed(f"the stream was lost: {reason}")
         if last_id:
             headers = {"Last-Event-ID": last_id}

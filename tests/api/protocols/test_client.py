@@ -73,6 +73,16 @@ def test_every_cut_is_made_good(server: Server, monkeypatch: pytest.MonkeyPatch)
         assert shown(events) == shown(whole)
 
 
+def test_a_request_of_which_nothing_has_come_is_made_anew(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchweave_ray.client._PAUSE_S", 0.0)
+    with cutting(server.port, [0, 0]) as url:
+        assert list(stream(url, PATH, BODY))[-1].data == "[DONE]"
+    with cutting(server.port, [0, 0, 0]) as url, pytest.raises(StreamFailed, match="lost"):
+        list(stream(url, PATH, BODY))
+
+
 def test_it_says_what_it_cannot_make_good(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchweave_ray.client._PAUSE_S", 0.0)
     with pytest.raises(StreamFailed, match="HTTP 400") as refused:
