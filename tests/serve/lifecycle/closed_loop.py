@@ -54,8 +54,9 @@ class ClosedLoop:
             outcome = self._ask(connection, prompt)
             self.outcomes[outcome] += 1
             if outcome != "complete":
-                connection.close()
                 time.sleep(PAUSE_S)
+            if outcome not in ("complete", "503"):  # who is refused keeps what he has been left
+                connection.close()
         connection.close()
 
     def _ask(self, connection: http.client.HTTPConnection, prompt: str) -> str:
@@ -70,12 +71,12 @@ class ClosedLoop:
             response = connection.getresponse()
         except (http.client.RemoteDisconnected, ConnectionError):
             return "refused"  # not a byte of an answer: it is safe to ask again
-        if response.status == 503:  # says all that there is to say, whatever becomes of its body
-            return "503" if response.getheader("Retry-After") else "503 without Retry-After"
         try:
             raw = response.read().decode()
         except (TimeoutError, http.client.HTTPException, OSError) as error:
-            return f"cut: {error!r}"
+            return f"{response.status} cut: {error!r}"
+        if response.status == 503:
+            return _refusal(response, raw)
         if response.status != 200:
             return f"{response.status}: {raw[:200]}"
         events = [line.removeprefix("data: ") for line in raw.splitlines() if "data: " in line]
@@ -86,3 +87,17 @@ class ClosedLoop:
             return "complete"
         self.others.add((prompt, text))
         return "another text"
+
+
+def _refusal(response: http.client.HTTPResponse, raw: str) -> str:
+    """503 of one that says why, and when to come back."""
+    seconds = response.getheader("Retry-After") or ""
+    if not seconds.isdigit() or int(seconds) < 1:
+        return f"503, Retry-After {seconds!r}: {raw[:200]}"
+    try:
+        error = json.loads(raw)["error"]
+    except (ValueError, KeyError, TypeError):
+        return f"503 without an error: {raw[:200]}"
+    if error["code"] != "draining" or "shutting down" not in error["message"]:
+        return f"503 for another reason: {error}"
+    return "503"
