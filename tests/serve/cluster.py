@@ -80,8 +80,12 @@ def deployment_message(app: str, deployment: str) -> str:
 
 
 def replica_pids(deployment: str, app: str = "torchweave") -> list[int]:
-    """Processes of a deployment, of the cluster that this process started only."""
-    title = f"ray::ServeReplica:{app}:{deployment}"
+    """Processes of a deployment."""
+    return pids_of(f"ray::ServeReplica:{app}:{deployment}")
+
+
+def pids_of(title: str) -> list[int]:
+    """Processes of the cluster that this process started only."""
     found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
     return [pid for pid in found if title in _read(pid, "cmdline") and _is_ours(pid)]
 

@@ -1,27 +1,31 @@
-"""Load while replicas are killed and frozen and the application is deployed anew, by a seed.
+"""Load while replicas, nodes and ingresses are killed or frozen and the application is deployed
+anew, in an order drawn from a seed.
 
 Every stream's text is what it is undisturbed, no block of KV cache stays taken, memory stays flat.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray import serve
 
+from deployments.bus.listener import DEAD_AFTER_S, HEARTBEAT_S
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import config, deploy, wait_until
+from tests.serve.lifecycle.load import Body, Load, bodies, read
+from tests.serve.nodes import Nodes, processes_of, replicas_on, send, several_nodes
 from tests.tiny import make_tiny_artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -29,47 +33,57 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SEED = 20261122
 TINY = "ModelReplica:tiny"
 NUM_REPLICAS = 3
+NUM_INGRESSES = 2
 NUM_CLIENTS = 6
-MIN_STREAMS = 100
+MIN_STREAMS = 120
 RSS_SLACK = 24 << 20
-
-Body = dict[str, Any]
+WHOLE_S = 120.0
 
 
 @dataclass
 class Served:
-    client: Client
+    nodes: Nodes
     artifact: Path
     kv_memory: int = 4 << 20
 
-    def config(self, **deployment: Any) -> Any:
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.nodes.client.port}"
+
+    def deploy(self, **deployment: Any) -> None:
         model = {
             "id": "tiny",
             "artifact": str(self.artifact),
             "num_replicas": NUM_REPLICAS,
-            "num_cpus": 1,
+            "num_cpus": 2,
             "threads": 1,
             "engine": {"cache": {"kv_memory": self.kv_memory}},
         }
+        args = {"models": [model], "ingress": {"num_replicas": NUM_INGRESSES}}
         deployments = [{"name": TINY, **deployment}] if deployment else []
-        return config({"models": [model]}, deployments=deployments)
+        deploy(config(args, deployments=deployments))
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("artifact")
+    folder = tmp_path_factory.mktemp("nodes")
     # bfloat16: what the native executor computes does not depend on the batch, bit for bit.
     artifact = make_tiny_artifact(folder / "tiny", 0, torch.bfloat16, max_position_embeddings=1024)
-    served = Served(Client(cluster.free_port()), artifact)
-    with cluster.ray_cluster(num_cpus=NUM_REPLICAS + 2, port=served.client.port):
-        deploy(served.config())
-        wait_until(is_whole)
-        wait_until(lambda: served.client.get("/health")[0] == 200)
+    with several_nodes(folder, NUM_REPLICAS) as nodes:
+        served = Served(nodes, artifact)
+        served.deploy()
+        wait_until(is_whole, WHOLE_S)
+        wait_until(lambda: nodes.client.get("/health")[0] == 200)
+        assert nodes.client.get("/model")[1]["executor"].startswith("native")
         yield served
 
 
 def is_whole() -> bool:
-    return cluster.is_running("torchweave") and len(cluster.replica_pids(TINY)) == NUM_REPLICAS
+    return (
+        cluster.is_running("torchweave")
+        and len(cluster.replica_pids(TINY)) == NUM_REPLICAS
+        and len(cluster.replica_pids("Ingress")) == NUM_INGRESSES
+    )
 
 
 def is_idle() -> bool:
@@ -79,100 +93,70 @@ def is_idle() -> bool:
     )
 
 
-def bodies(dice: random.Random, count: int) -> list[Body]:
-    """Seeded draws of some length, greedy ones, two choices: all that resumes."""
-    return [
-        {
-            "prompt": "".join(dice.choices("abcdefgh ", k=dice.randint(3, 200))),
-            "max_tokens": dice.randint(150, 500),
-            "ignore_eos": True,
-            "seed": dice.randrange(2**31),
-            "temperature": dice.choice([0, 0.7, 1.0]),
-            "n": dice.choice([1, 1, 1, 2]),
-        }
-        for _ in range(count)
-    ]
+def kill_replica(served: Served, load: Load, dice: random.Random) -> None:
+    send([dice.choice(cluster.replica_pids(TINY))], signal.SIGKILL)
 
 
-def read(client: Client, body: Body) -> tuple[list[str], float]:
-    """The text of every choice, and the longest wait for a next piece in seconds."""
-    texts, pause = [""] * body["n"], 0.0
-    stream = client.stream(**body)
-    last = time.monotonic()
-    for index, text in stream.indexed_pieces():
-        texts[index] += text
-        now = time.monotonic()
-        last, pause = now, max(pause, now - last)
-    assert stream.usage is not None
-    assert stream.usage["completion_tokens"] == body["n"] * body["max_tokens"]
-    return texts, pause
+def kill_ingress(served: Served, load: Load, dice: random.Random) -> None:
+    send([dice.choice(cluster.replica_pids("Ingress"))], signal.SIGKILL)
 
 
-@dataclass
-class Load:
-    """Clients that read streams one after the other and compare each with the undisturbed one."""
-
-    client: Client
-    expected: list[tuple[Body, list[str]]]
-    pauses: list[float] = field(default_factory=list)
-    """Of each stream that has been read, its longest."""
-    faults: list[str] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> Load:
-        for i in range(NUM_CLIENTS):
-            thread = threading.Thread(target=self._run, args=(random.Random(SEED + i),))
-            self._threads.append(thread)
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(120)
-
-    @property
-    def num_streams(self) -> int:
-        return len(self.pauses)
-
-    def go_on(self, num_streams: int) -> None:
-        """Until so many more have been read."""
-        reached = self.num_streams + num_streams
-        wait_until(lambda: self.num_streams >= reached, 120)
-
-    def _run(self, dice: random.Random) -> None:
-        while not self._stop.is_set():
-            body, expected = dice.choice(self.expected)
-            try:
-                texts, pause = read(self.client, body)
-                self.pauses.append(pause)
-                if texts != expected:
-                    self.faults.append(f"other text: {texts} for {expected}: {body}")
-            except Exception as error:
-                self.faults.append(f"{error!r}: {body}")
-                self.pauses.append(0.0)
+def freeze_replica(served: Served, load: Load, dice: random.Random) -> None:
+    _freeze([dice.choice(cluster.replica_pids(TINY))], load)
 
 
-def kill(dice: random.Random, load: Load) -> None:
-    wait_until(lambda: len(cluster.replica_pids(TINY)) >= 2)
-    _signal(dice.choice(cluster.replica_pids(TINY)), signal.SIGKILL)
+def kill_node(served: Served, load: Load, dice: random.Random) -> None:
+    node = dice.choice(served.nodes.without_ingress())
+    send(processes_of(node), signal.SIGKILL)
+    served.nodes.forget(node)
+    load.go_on(NUM_CLIENTS)
+    served.nodes.add()
 
 
-def freeze(dice: random.Random, load: Load) -> None:
+def freeze_node(served: Served, load: Load, dice: random.Random) -> None:
+    node = dice.choice(served.nodes.without_ingress())
+    _freeze(processes_of(node), load)
+    served.nodes.forget(node)
+    served.nodes.add()
+
+
+def _freeze(pids: list[int], load: Load) -> None:
     """Until every client has got on; then it is killed, for Serve takes a minute to give it up."""
-    wait_until(lambda: len(cluster.replica_pids(TINY)) >= 2)
-    victim = dice.choice(cluster.replica_pids(TINY))
-    _signal(victim, signal.SIGSTOP)
+    send(pids, signal.SIGSTOP)
     try:
+        time.sleep(DEAD_AFTER_S + 2 * HEARTBEAT_S)
         load.go_on(2 * NUM_CLIENTS)
     finally:
-        _signal(victim, signal.SIGKILL)
+        send(pids, signal.SIGKILL)
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
+def change_limits(served: Served, load: Load, dice: random.Random) -> None:
+    served.deploy(user_config={"max_num_seqs": dice.choice([2, 4, 16])})
+
+
+def deploy_anew(served: Served, load: Load, dice: random.Random) -> None:
+    """Other arguments: every process of the application becomes another one."""
+    old = set(cluster.replica_pids(TINY)) | set(cluster.replica_pids("Ingress"))
+    served.kv_memory += 1 << 20
+    served.deploy()
+
+    def is_replaced() -> bool:
+        now = set(cluster.replica_pids(TINY)) | set(cluster.replica_pids("Ingress"))
+        return not now & old and is_whole()
+
+    wait_until(is_replaced, WHOLE_S)
+
+
+Action = Callable[[Served, Load, random.Random], None]
+ACTIONS: dict[Action, int] = {
+    kill_replica: 4,
+    kill_ingress: 4,
+    freeze_replica: 1,
+    kill_node: 2,
+    freeze_node: 1,
+    change_limits: 2,
+    deploy_anew: 2,
+}
 
 
 def rss(pid: int) -> int:
@@ -180,69 +164,81 @@ def rss(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def processes() -> list[int]:
+    return [
+        *cluster.replica_pids(TINY),
+        *cluster.replica_pids("Ingress"),
+        *cluster.pids_of("ray::ProxyActor"),
+        *cluster.pids_of("ray::ServeController"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def expected(served: Served) -> list[tuple[Body, list[str]]]:
-    return [(body, read(served.client, body)[0]) for body in bodies(random.Random(SEED), 12)]
+    return [(body, read(served.url, body)[0]) for body in bodies(random.Random(SEED), 12)]
 
 
-def test_replicas_are_killed_and_frozen(
-    served: Served, expected: list[tuple[Body, list[str]]]
+def test_everything_is_killed_and_replaced(
+    served: Served, expected: list[tuple[Body, list[str]]], caplog: pytest.LogCaptureFixture
 ) -> None:
     dice = random.Random(SEED)
-    (ingress,) = cluster.replica_pids("Ingress")
-    with Load(served.client, expected) as load:
-        load.go_on(30)
-        before = rss(ingress)
-        for action in (kill, kill, freeze, kill, kill, freeze, kill):
-            action(dice, load)
-            load.go_on(8)
-        load.go_on(MIN_STREAMS - load.num_streams)
-    print(f"{load.num_streams} streams, longest pauses in s: {sorted(load.pauses)[-12:]}")
+    order = [action for action, times in ACTIONS.items() for _ in range(times)]
+    dice.shuffle(order)
+    with (
+        caplog.at_level(logging.WARNING, "torchweave_ray.client"),
+        Load(served.url, NUM_CLIENTS, expected, SEED) as load,
+    ):
+        for action in order:
+            wait_until(is_whole, WHOLE_S)
+            load.go_on(NUM_CLIENTS)
+            action(served, load, dice)
+            load.go_on(NUM_CLIENTS)
+            assert not load.faults, (action.__name__, load.faults[:3])
+        wait_until(is_whole, WHOLE_S)
+        load.go_on(max(NUM_CLIENTS, MIN_STREAMS - load.num_streams))
+    by_client = sum("going on" in record.getMessage() for record in caplog.records)
+    said = said_by_ingresses()
+    print(
+        f"{load.num_streams} streams; went on by client {by_client}, by ingress "
+        f"{said.count('goes on elsewhere')}, bus silent {said.count('silent for')}; "
+        f"longest pauses in s: {[round(each, 2) for each in sorted(load.pauses)[-8:]]}"
+    )
     assert not load.faults, load.faults[:3]
-    wait_until(is_whole, 90)
-    wait_until(is_idle, 20)
-    assert cluster.replica_pids("Ingress") == [ingress]
-    assert rss(ingress) - before < RSS_SLACK
-
-
-def test_the_application_is_deployed_anew(
-    served: Served, expected: list[tuple[Body, list[str]]]
-) -> None:
-    """First limits in place, then arguments: every process of the application is another one."""
-    old = set(cluster.replica_pids(TINY)) | set(cluster.replica_pids("Ingress"))
-    with Load(served.client, expected) as load:
-        for limit in (2, 16, 4):
-            load.go_on(10)
-            deploy(served.config(user_config={"max_num_seqs": limit}))
-            wait_until(lambda: cluster.is_running("torchweave"))
-        assert old == set(cluster.replica_pids(TINY)) | set(cluster.replica_pids("Ingress"))
-        for megabytes in (5, 4):
-            served.kv_memory = megabytes << 20
-            deploy(served.config())
-            load.go_on(30)
-            wait_until(is_whole, 120)
-    assert not load.faults, load.faults[:3]
-    assert not old & set(cluster.replica_pids(TINY))
+    assert by_client, "no ingress died under a stream: this shows nothing"
+    assert "goes on elsewhere" in said, "no replica died under a stream: this shows nothing"
+    assert f"silent for {DEAD_AFTER_S:g} s" in said, "no silence was noticed"
     wait_until(is_idle, 20)
 
 
-def test_clients_that_vanish_leave_nothing(served: Served) -> None:
-    """At every stage of a stream; memory of every process is what it was."""
+def said_by_ingresses() -> str:
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    return "".join(path.read_text() for path in logs.glob("*Ingress*.log"))
+
+
+def test_afterwards_memory_stays_flat(
+    served: Served, expected: list[tuple[Body, list[str]]]
+) -> None:
+    """Of every process of Serve, under load, with a part of the clients hanging up anywhere."""
+    wait_until(is_whole, WHOLE_S)
     dice = random.Random(SEED)
 
-    def churn(count: int) -> None:
-        for body in bodies(dice, count):
-            stream = served.client.stream(**body)
-            pieces = stream.pieces()
-            for _ in range(dice.randint(0, 5)):
-                next(pieces)
-            stream.hang_up()
+    def churn(num_streams: int) -> None:
+        with Load(served.url, NUM_CLIENTS, expected, SEED) as load:
+            for body in bodies(dice, num_streams):
+                stream = served.nodes.client.stream(**body)
+                pieces = stream.pieces()
+                for _ in range(dice.randint(0, 5)):
+                    next(pieces, None)
+                stream.hang_up()
+            load.go_on(num_streams // 4)
+        assert not load.faults, load.faults[:3]
 
-    pids = cluster.replica_pids(TINY) + cluster.replica_pids("Ingress")
     churn(100)
     wait_until(is_idle, 20)
-    before = {pid: rss(pid) for pid in pids}
-    churn(300)
+    before = {pid: rss(pid) for pid in processes()}
+    churn(240)
     wait_until(is_idle, 20)
-    grown = {pid: rss(pid) - before[pid] for pid in pids}
+    grown = {pid: rss(pid) - was for pid, was in before.items()}
+    print(f"{len(grown)} processes, grown by MB: {sorted(g >> 20 for g in grown.values())}")
     assert max(grown.values()) < RSS_SLACK, grown
+    assert all(replicas_on(node, TINY) for node in served.nodes.all)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from tests.serve import cluster
 from tests.serve.cluster import Client, config, deploy, wait_until
@@ -49,9 +50,9 @@ class Read:
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     port = cluster.free_port()
-    artifact = make_tiny_artifact(
-        tmp_path_factory.mktemp("artifact") / "tiny", max_position_embeddings=1024
-    )
+    # bfloat16, so the native executor: only its texts depend on nobody else in the batch.
+    folder = tmp_path_factory.mktemp("artifact") / "tiny"
+    artifact = make_tiny_artifact(folder, 0, torch.bfloat16, max_position_embeddings=1024)
     model = {
         "id": "tiny",
         "artifact": str(artifact),

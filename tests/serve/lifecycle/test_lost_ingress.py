@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from tests.serve import cluster
 from tests.serve.cluster import Client, config, deploy, wait_until
@@ -29,9 +30,9 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    artifact = make_tiny_artifact(
-        tmp_path_factory.mktemp("artifact") / "tiny", max_position_embeddings=1024
-    )
+    # bfloat16, so the native executor: only its texts depend on nobody else in the batch.
+    folder = tmp_path_factory.mktemp("artifact") / "tiny"
+    artifact = make_tiny_artifact(folder, 0, torch.bfloat16, max_position_embeddings=1024)
     model = {"id": "tiny", "artifact": str(artifact), "num_cpus": 1, "threads": 1}
     model["engine"] = {"cache": {"kv_memory": 8 << 20}}
     client = Client(cluster.free_port())
