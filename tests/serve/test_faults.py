@@ -1,10 +1,15 @@
-"""What breaks around a running application: Ray's object store, the volume of the artifacts."""
+"""What breaks around a running application: Ray's object store, the volume of the artifacts, the
+port of the bus, the memory of a replica."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from tests.serve import cluster
 from tests.serve.cluster import Client, config, deploy, wait_until
@@ -29,15 +35,19 @@ class Served:
     client: Client
     artifact: Path
 
+    def args(self, num_replicas: int = 2) -> dict[str, Any]:
+        model = {"id": "tiny", "artifact": str(self.artifact), "num_replicas": num_replicas}
+        model |= {"num_cpus": 1, "threads": 1, "engine": {"cache": {"kv_memory": 4 << 20}}}
+        return {"models": [model]}
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    artifact = make_tiny_artifact(tmp_path_factory.mktemp("volume") / "tiny")
-    model = {"id": "tiny", "artifact": str(artifact), "num_replicas": 2, "num_cpus": 1}
-    model |= {"threads": 1, "engine": {"cache": {"kv_memory": 4 << 20}}}
+    folder = tmp_path_factory.mktemp("volume")
+    artifact = make_tiny_artifact(folder / "tiny", 0, torch.bfloat16)
     served = Served(Client(cluster.free_port()), artifact)
-    with cluster.ray_cluster(num_cpus=4, port=served.client.port):
-        deploy(config({"models": [model]}))
+    with cluster.ray_cluster(num_cpus=6, port=served.client.port):
+        deploy(config(served.args()))
         wait_until(is_whole)
         wait_until(lambda: served.client.get("/health")[0] == 200)
         yield served
@@ -78,3 +88,65 @@ def test_the_artifacts_volume_goes_and_comes_back(served: Served) -> None:
         away.rename(served.artifact.parent)
     wait_until(is_whole, 90)
     assert served.client.text(PROMPT, **LONG) == expected
+
+
+def test_the_bus_port_is_blocked(served: Served) -> None:
+    """The first stream waits for it once, then all go by the handle, with the same text."""
+    expected = served.client.text(PROMPT, **LONG)
+    client = Client(served.client.port, "/blocked")
+    builder = "tests.serve.lifecycle.blocked_bus:build"
+    args = served.args(num_replicas=1)
+    blocked = config(args, name="blocked", route_prefix="/blocked", import_path=builder)
+    deploy(config(served.args()), blocked)
+    wait_until(lambda: cluster.is_running("blocked"))
+    wait_until(lambda: client.get("/health")[0] == 200)
+    start = time.monotonic()
+    pieces = client.stream(PROMPT, **LONG).pieces()
+    first = next(pieces)
+    assert 1.5 < time.monotonic() - start < 4, "it was tried for 2 s"
+    assert first + "".join(pieces) == expected
+    start = time.monotonic()
+    pieces = client.stream(PROMPT, **LONG).pieces()
+    first = next(pieces)
+    assert time.monotonic() - start < 1.5, "a port that is blocked is not tried again at once"
+    assert first + "".join(pieces) == expected
+    deploy(config(served.args()))
+    wait_until(lambda: not cluster.replica_pids("", "blocked"))
+
+
+def test_the_kernel_kills_a_replica_for_its_memory(served: Served, tmp_path: Path) -> None:
+    """Its streams go on at the other one, and Serve replaces it."""
+    wait_until(is_whole)
+    expected = served.client.text(PROMPT, **LONG)
+    victim, survivor = cluster.replica_pids(TINY)
+    with memory_limited(victim) as num_killed:
+        streams = [served.client.stream(PROMPT, **LONG) for _ in range(6)]
+        with ThreadPoolExecutor(len(streams)) as pool:
+            texts = list(pool.map(lambda stream: "".join(stream.pieces()), streams))
+        wait_until(lambda: victim not in cluster.replica_pids(TINY))
+        assert num_killed() > 0, "it died of something else"
+    assert texts == [expected] * len(streams)
+    wait_until(lambda: is_whole() and survivor in cluster.replica_pids(TINY), 90)
+
+
+@contextmanager
+def memory_limited(pid: int) -> Iterator[Callable[[], int]]:
+    """A control group of its own with room for nothing more; yields how often it has killed."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    root, limit, events = (
+        (v1, "memory.limit_in_bytes", "memory.oom_control")
+        if v1.is_dir()
+        else (Path("/sys/fs/cgroup"), "memory.max", "memory.events")
+    )
+    group = root / f"torchweave-test-{pid}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control groups to be made here: {error}")
+    try:
+        (group / limit).write_text(str(1 << 20))
+        (group / "cgroup.procs").write_text(str(pid))
+        yield lambda: int(re.findall(r"oom_kill (\d+)", (group / events).read_text())[0])
+    finally:
+        with suppress(OSError):
+            group.rmdir()
