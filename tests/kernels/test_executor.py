@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.kernels.native import (
+    FORMATS,
+    Formats,
+    NativeDecoder,
+    assert_near_torch,
+    assert_same_bits_in_any_batch,
+    quantized_weights,
+    random_texts,
+)
 from tests.parity.paged import PagedDecoder, Text
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.library import ISA_VARIABLE, Library
-from torchweave_ray.kernels.packing import PackedLinear, pack_linear, unpack_linear
-from torchweave_ray.kernels.quantization import QuantizedFormat, quantize
+from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.lowering import CannotLower, lower
-from torchweave_ray.models.native_executor import NativeExecutor
+from torchweave_ray.models.emitter import CannotLower
+from torchweave_ray.models.lowering import lower
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.weights import load_weights
 from torchweave_ray.sampling_params import SamplingParams
-
-Formats = Mapping[str, QuantizedFormat]
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -40,75 +42,25 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-FORMATS: dict[str, Formats] = {
-    "int8": {"proj": "int8", "embed": "int8-group32", "head": "int8-group32"},
-    "int4": {"proj": "int4-group32", "embed": "int8-group32", "head": "int8-group32"},
-    "mixed": {"down_proj": "int4-group32", "o_proj": "int8", "head": "int8"},
-}
-"""Which tensors are quantised, by a part of their names; the others stay bf16."""
-
-
 @pytest.fixture(params=list(MODELS))
 def artifact(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS[request.param])
 
 
-def _quantized(weights: Mapping[str, Tensor], formats: Formats) -> dict[str, Tensor | PackedLinear]:
-    packed: dict[str, Tensor | PackedLinear] = dict(weights)
-    for name, weight in weights.items():
-        for part, format in formats.items():
-            if part in name and weight.dim() == 2:
-                packed[name] = pack_linear(quantize(weight, format), "gate_up" in name)
-    return packed
-
-
-class NativeDecoder(PagedDecoder):
-    def __init__(
-        self,
-        artifact: Path,
-        library: Library,
-        threads: int = 2,
-        seed: int = 0,
-        formats: Formats | None = None,
-    ) -> None:
-        super().__init__(artifact, num_blocks=128, block_size=16, dtype=torch.bfloat16, seed=seed)
-        config = ModelConfig.from_hf(read_hf_config(artifact))
-        weights = load_weights(artifact, config, torch.bfloat16, torch.device("cpu"))
-        packed = _quantized(weights, formats or {})
-        self.executor = NativeExecutor(self.spec, packed, library, threads)
-
-    def step(self, chunks: Sequence[tuple[Text, int]]) -> list[Tensor]:
-        return [logits.clone() for logits in super().step(chunks)]
-
-
-def _texts(*lengths: int, vocab: int = 300) -> list[list[int]]:
-    draw = random.Random(sum(lengths))
-    return [[draw.randrange(3, vocab) for _ in range(n)] for n in lengths]
-
-
 def test_logits_are_those_of_the_torch_executor(artifact: Path, library: Library) -> None:
-    texts = _texts(1, 30, 70)
-    exact, native = PagedDecoder(artifact), NativeDecoder(artifact, library)
-    outputs = [d.step([(Text(ids), len(ids)) for ids in texts]) for d in (exact, native)]
-    expected, actual = (torch.cat(logits) for logits in outputs)
-    spread = expected.std()
-    assert (actual - expected).square().mean().sqrt() < 0.03 * spread
-    top = expected.topk(2, dim=-1).values
-    clear = top[:, 0] - top[:, 1] > 0.3 * spread
-    assert clear.any()
-    assert torch.equal(actual.argmax(-1)[clear], expected.argmax(-1)[clear])
+    assert_near_torch(artifact, library)
 
 
 def test_hidden_states_are_those_of_the_torch_executor(artifact: Path, library: Library) -> None:
     from tests.parity.paged import make_inputs
 
-    text = Text(_texts(20)[0], list(range(3)))
+    text = Text(random_texts(20)[0], list(range(3)))
     inputs = make_inputs([(text, 20)], 8)
     exact, native = PagedDecoder(artifact), NativeDecoder(artifact, library)
     expected = exact.executor.hidden(inputs, exact.kv)
     actual = native.executor.hidden(inputs, native.kv)
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
+    assert (actual - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -117,13 +69,13 @@ def test_quantized_logits_are_those_of_the_weights_they_stand_for(
 ) -> None:
     artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS["biased"])
     formats = FORMATS[name]
-    texts = _texts(1, 30, 70)
+    texts = random_texts(1, 30, 70)
     exact = PagedDecoder(artifact)
     config = ModelConfig.from_hf(read_hf_config(artifact))
     weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
     meant = {
         tensor: unpack_linear(w) if isinstance(w, PackedLinear) else w
-        for tensor, w in _quantized(weights, formats).items()
+        for tensor, w in quantized_weights(config, weights, formats).items()
     }
     exact.executor = TorchExecutor(exact.spec, meant, TorchPagedAttention())
     native = NativeDecoder(artifact, library, formats=formats)
@@ -137,34 +89,11 @@ def test_quantized_rows_have_the_same_bits_in_any_batch(
     tmp_path: Path, library: Library, name: str
 ) -> None:
     artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS["tied"])
-    _assert_same_bits_in_any_batch(artifact, library, FORMATS[name])
+    assert_same_bits_in_any_batch(artifact, library, FORMATS[name])
 
 
 def test_a_rows_logits_have_the_same_bits_in_any_batch(artifact: Path, library: Library) -> None:
-    _assert_same_bits_in_any_batch(artifact, library, {})
-
-
-def _assert_same_bits_in_any_batch(artifact: Path, library: Library, formats: Formats) -> None:
-    """Alone token by token; in one chunk; in uneven chunks within a crowd; on 1, 2, 3 threads."""
-    text, *others = _texts(61, 3, 40, 25, 9)
-    alone = NativeDecoder(artifact, library, 1, formats=formats)
-    sequence = Text(text)
-    expected = torch.cat([alone.step([(sequence, 1)])[0] for _ in text])
-    for threads, seed in itertools.product((1, 2, 3), (1, 2)):
-        whole = NativeDecoder(artifact, library, threads, seed, formats)
-        assert torch.equal(whole.step([(Text(text), len(text))])[0], expected)
-        draw = random.Random(seed)
-        crowd = NativeDecoder(artifact, library, threads, seed, formats)
-        sequence, left = Text(text), [Text(ids) for ids in others]
-        rows = []
-        while (rest := len(text) - sequence.num_computed) > 0:
-            chunks = [(sequence, min(rest, draw.randint(1, 9)))]
-            for other in left:
-                if num := min(draw.randint(0, 5), len(other.token_ids) - other.num_computed):
-                    chunks.insert(draw.randint(0, len(chunks)), (other, num))
-            index = [other is sequence for other, _ in chunks].index(True)
-            rows.append(crowd.step(chunks)[index])
-        assert torch.equal(torch.cat(rows), expected)
+    assert_same_bits_in_any_batch(artifact, library, {})
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 12, 13, 24, 32])
@@ -174,7 +103,7 @@ def test_decodes_have_the_same_bits_in_every_batch_size(
 ) -> None:
     artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16)
     decoders = [NativeDecoder(artifact, library, n, formats=formats) for n in (1, 2)]
-    texts = _texts(*range(5, 5 + num_rows))
+    texts = random_texts(*range(5, 5 + num_rows))
     for decoder in decoders:
         together = [Text(ids) for ids in texts]
         decoder.step([(t, len(t.token_ids) - 1) for t in together])
@@ -188,7 +117,7 @@ def test_rows_that_need_no_logits_change_nothing(tmp_path: Path, library: Librar
     from tests.parity.paged import make_inputs
 
     decoder = NativeDecoder(make_tiny_artifact(tmp_path, dtype=torch.bfloat16), library)
-    texts = [Text(ids, [2 * i, 2 * i + 1]) for i, ids in enumerate(_texts(9, 4))]
+    texts = [Text(ids, [2 * i, 2 * i + 1]) for i, ids in enumerate(random_texts(9, 4))]
     chunks = [(text, len(text.token_ids)) for text in texts]
     every = decoder.executor.forward(make_inputs(chunks, 16), decoder.kv).clone()
     last = decoder.executor.forward(make_inputs(chunks, 16, all_rows=False), decoder.kv)
@@ -198,7 +127,7 @@ def test_rows_that_need_no_logits_change_nothing(tmp_path: Path, library: Librar
 def test_greedy_answers_are_those_of_torch(tmp_path: Path, library: Library) -> None:
     """With prefix hits, preemption and small chunks; the torch executor computes in fp32."""
     make_tiny_artifact(tmp_path, dtype=torch.bfloat16)
-    prompts, greedy = _texts(8, 23, 31, 40), SamplingParams(temperature=0.0, max_tokens=6)
+    prompts, greedy = random_texts(8, 23, 31, 40), SamplingParams(temperature=0.0, max_tokens=6)
     small = {"max_num_seqs": 4, "max_num_batched_tokens": 8}
     answers = []
     for options in (

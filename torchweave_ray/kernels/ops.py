@@ -108,6 +108,7 @@ class NativeOps:
         norms = [None if norm is None else pack_norm(norm) for norm in (q_norm, k_norm)]
         op = attention_op(structs.ROPE_KV, shape)
         op.rope, op.eps = -1 if rope is None else 0, eps
+        op.rotary_dim = 0 if rope is None else 2 * len(rope.inv_freq)
         op.weight, op.extra = (None if norm is None else norm.data_ptr() for norm in norms)
         columns = shape.num_heads * shape.head_dim
         buffers = [Buffer(columns, torch.bfloat16), Buffer(qkv.shape[1], torch.float32)]

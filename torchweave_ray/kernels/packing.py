@@ -6,7 +6,7 @@ Pure functions of tensors: packing at load and packing in the optimizer give the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,38 +43,46 @@ class PackedLinear:
     """`scales_shape`: int8 [panels, 32] fp32; int8-group32 [panels, groups, 32] fp16; int4-group32
     [panels, groups, 2, 32] fp16, scales before minimums."""
 
+    num_experts: int = 1
+    """Weights below each other, n rows in all, each in panels of its own."""
+
     @property
     def num_outputs(self) -> int:
         return self.n // 2 if self.gated else self.n
 
 
 def packed_shape(
-    n: int, k: int, gated: bool = False, format: Format = "bf16"
+    n: int, k: int, gated: bool = False, format: Format = "bf16", num_experts: int = 1
 ) -> tuple[int, int, int, int]:
     """Of the packed data of a weight [n, k]."""
-    panels, groups = _num_panels(n, gated), -(-k // GROUP)
+    panels, groups = _num_panels(n, gated, num_experts), -(-k // GROUP)
     if format == "bf16":
         return (panels, -(-k // 2), PANEL, 2)
     return (panels, groups * (4 if format == "int4-group32" else 8), PANEL, 4)
 
 
-def scales_shape(n: int, k: int, gated: bool, format: QuantizedFormat) -> tuple[int, ...]:
+def scales_shape(
+    n: int, k: int, gated: bool, format: QuantizedFormat, num_experts: int = 1
+) -> tuple[int, ...]:
     """Of the packed scales (and minimums) of a weight [n, k]."""
-    panels, groups = _num_panels(n, gated), -(-k // GROUP)
+    panels, groups = _num_panels(n, gated, num_experts), -(-k // GROUP)
     if format == "int8":
         return (panels, PANEL)
     return (panels, groups, PANEL) if format == "int8-group32" else (panels, groups, 2, PANEL)
 
 
-def pack_linear(weight: Tensor | QuantizedLinear, gated: bool = False) -> PackedLinear:
+def pack_linear(
+    weight: Tensor | QuantizedLinear, gated: bool = False, num_experts: int = 1
+) -> PackedLinear:
     """Pack weight [n, k], a tensor as bf16; `gated`: its first half of rows are gates, the second
-    their ups."""
+    their ups, of each expert where there are several."""
     if isinstance(weight, QuantizedLinear):
-        return _pack_quantized(weight, gated)
+        return _pack_quantized(weight, gated, num_experts)
     n, k = weight.shape
-    rows = _panel_rows(weight.bfloat16(), gated, -(-k // 2) * 2)
+    rows = _panel_rows(weight.bfloat16(), gated, -(-k // 2) * 2, num_experts)
     data = _transpose(rows.view(torch.int32)).view(torch.bfloat16)  # a pair moves as one int32
-    return PackedLinear(data.view(packed_shape(n, k, gated)), n, k, gated)
+    shape = packed_shape(n, k, gated, num_experts=num_experts)
+    return PackedLinear(data.view(shape), n, k, gated, num_experts=num_experts)
 
 
 def unpack_linear(packed: PackedLinear) -> Tensor:
@@ -113,28 +121,33 @@ def pack_norm(weight: Tensor, offset: float = 0.0) -> Tensor:
     return padded
 
 
-def _pack_quantized(weight: QuantizedLinear, gated: bool) -> PackedLinear:
+def _pack_quantized(weight: QuantizedLinear, gated: bool, num_experts: int) -> PackedLinear:
     n, k, groups = weight.n, weight.k, -(-weight.k // GROUP)
-    codes = _panel_rows(weight.codes, gated, groups * GROUP)
+    codes = _panel_rows(weight.codes, gated, groups * GROUP, num_experts)
     if weight.format == "int4-group32":
         low, high = codes.view(len(codes), PANEL, -1, 2, 4).unbind(dim=3)
         codes = (low | high << 4).flatten(2)
     quads = _transpose(codes.contiguous().view(torch.int32)).view(torch.uint8)
     parts = [weight.scales] if weight.mins is None else [weight.scales, weight.mins]
     columns = 1 if weight.format == "int8" else groups
-    packed = [_panel_rows(p.view(n, columns), gated, columns).transpose(1, 2) for p in parts]
-    scales = torch.stack(packed, dim=2).view(scales_shape(n, k, gated, weight.format))
-    data = quads.view(packed_shape(n, k, gated, weight.format))
-    return PackedLinear(data, n, k, gated, weight.format, scales)
+    packed = [
+        _panel_rows(p.view(n, columns), gated, columns, num_experts).transpose(1, 2) for p in parts
+    ]
+    scales = torch.stack(packed, dim=2).view(scales_shape(n, k, gated, weight.format, num_experts))
+    data = quads.view(packed_shape(n, k, gated, weight.format, num_experts))
+    return PackedLinear(data, n, k, gated, weight.format, scales, num_experts)
 
 
-def _num_panels(n: int, gated: bool) -> int:
-    return -(-(n // 2) // _HALF) if gated else -(-n // PANEL)
+def _num_panels(n: int, gated: bool, num_experts: int = 1) -> int:
+    each = n // num_experts
+    return num_experts * (-(-(each // 2) // _HALF) if gated else -(-each // PANEL))
 
 
-def _panel_rows(rows: Tensor, gated: bool, columns: int) -> Tensor:
+def _panel_rows(rows: Tensor, gated: bool, columns: int, num_experts: int = 1) -> Tensor:
     """[n, k] -> [panels, 32, columns], zero-padded; of gated rows 16 of the first half and their
     16 of the second make a panel."""
+    if num_experts > 1:
+        return torch.cat([_panel_rows(part, gated, columns) for part in rows.chunk(num_experts)])
     n, k = rows.shape
     panels = _num_panels(n, gated)
     if not gated:
@@ -148,6 +161,9 @@ def _panel_rows(rows: Tensor, gated: bool, columns: int) -> Tensor:
 
 def _unpanel(rows: Tensor, packed: PackedLinear) -> Tensor:
     """[panels, 32, columns] -> [n, columns]"""
+    if packed.num_experts > 1:
+        one = replace(packed, n=packed.n // packed.num_experts, num_experts=1)
+        return torch.cat([_unpanel(part, one) for part in rows.chunk(packed.num_experts)])
     panels, _, columns = rows.shape
     if not packed.gated:
         return rows.reshape(-1, columns)[: packed.n].contiguous()

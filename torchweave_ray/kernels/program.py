@@ -26,6 +26,8 @@ class Buffer:
     columns: int
     dtype: torch.dtype
     picked: bool = False
+    rows_per_token: int = 1
+    """Of a mixture's rows: top_k."""
 
     @property
     def stride(self) -> int:
@@ -103,7 +105,7 @@ class Program:
     def reserve(self, num_tokens: int, num_picked: int, num_positions: int) -> None:
         """Let the buffers hold a step of this size. New memory is zeroed."""
         for slot, buffer in enumerate(self._code.buffers):
-            rows = num_picked if buffer.picked else num_tokens
+            rows = num_picked if buffer.picked else num_tokens * buffer.rows_per_token
             if rows > self._buffers[slot].shape[0]:
                 self._buffers[slot] = torch.zeros(rows, buffer.stride, dtype=buffer.dtype)
                 self._step.buffers[slot] = self._buffers[slot].data_ptr()

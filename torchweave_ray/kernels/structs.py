@@ -9,18 +9,21 @@ from types import MappingProxyType
 
 from torchweave_ray.kernels.quantization import Format
 
-ABI = 3
+ABI = 4
 PANEL = 32
 BLOCK_BYTES = 40
 """Of 32 quantised activations: their codes, scale and offset."""
-MAX_BUFFERS = 16
+MAX_BUFFERS = 24
 MAX_ROPES = 4
 MAX_HEAD_DIM = 256
+MAX_EXPERTS = 1024
 
 EMBED, RMS_NORM, LINEAR, ROPE_KV, ATTEND, MERGE, PICK, QUANTIZE = range(8)
+ROUTE, GROUP_ROWS, SPREAD, EXPERTS, MIX = range(8, 13)
 STORE_F32, ADD_F32, STORE_BF16, SILU, GELU = range(5)
 ROW_MAJOR, PACKED = range(2)
-NORM_BF16, NORM_BLOCKS = range(2)
+NORM_BF16, NORM_BLOCKS, NORM_ADD = range(3)
+SHARES, NORMALIZED = range(2)
 READ, MULTIPLY_BF16, MULTIPLY_INT8 = range(3)
 FORMATS: Mapping[Format, int] = MappingProxyType(
     {"bf16": 0, "int8": 1, "int8-group32": 2, "int4-group32": 3}
@@ -45,6 +48,10 @@ class Op(ctypes.Structure):
         ("scale", c_float),
         ("soft_cap", c_float),
         ("reserved_f", c_float),
+        ("rotary_dim", c_int32),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("spread", c_int32),
         ("n", c_int64),
         ("k", c_int64),
         ("ldx", c_int64),
@@ -52,6 +59,8 @@ class Op(ctypes.Structure):
         ("weight", c_void_p),
         ("extra", c_void_p),
         ("scales", c_void_p),
+        ("weight_stride", c_int64),
+        ("scales_stride", c_int64),
     )
 
 

@@ -139,11 +139,11 @@ def rope_kv(
 
 
 def _rotate(x: Tensor, rope: RopeTable, inputs: StepInputs) -> Tensor:
-    half = x.shape[-1] // 2
+    half = len(rope.inv_freq)
     rows = rope.rows(inputs.max_seq_len)[inputs.positions][:, None]
     cos, sin = rows[..., :half], rows[..., half:]
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 def attend(queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionShape) -> Tensor:

@@ -21,7 +21,7 @@ from torchweave_ray.kernels.library import KernelsUnavailable, load_library
 from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.models.artifact import Manifest
 from torchweave_ray.models.config import ModelConfig
-from torchweave_ray.models.lowering import CannotLower
+from torchweave_ray.models.emitter import CannotLower
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.tensors import LAYOUT

@@ -1,20 +1,13 @@
-"""The builder of each supported architecture. A new one is a file, a row here and its name in
-`config.SUPPORTED_ARCHITECTURES`, which is where an unknown one is refused.
+"""The builder of each supported architecture. All are flags of one decoder so far; which flags, is
+config/families.py's. An unknown architecture is refused there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
 from torchweave_ray.models.config import ModelConfig
-from torchweave_ray.models.llama import build_llama
+from torchweave_ray.models.decoder import build_decoder
 from torchweave_ray.models.spec import DecoderSpec
-
-BUILDERS: Mapping[str, Callable[[ModelConfig], DecoderSpec]] = MappingProxyType(
-    {"LlamaForCausalLM": build_llama}
-)
 
 
 def build_spec(config: ModelConfig) -> DecoderSpec:
-    return BUILDERS[config.architecture](config)
+    return build_decoder(config)

@@ -29,13 +29,15 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """out = x / rms(x) * (weight + weight_offset), computed in fp32."""
+    """out = x / rms(x) * (weight + weight_offset), computed in fp32; added to `out` when
+    `accumulate` (a norm before the residual add)."""
 
     x: str
     out: str
     weight: str
     eps: float
     weight_offset: float = 0.0
+    accumulate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding, NeoX halves; inv_freq [head_dim / 2] holds all scaling already."""
+    """Rotary embedding, NeoX halves of a head's first 2 * len(inv_freq) dimensions; inv_freq holds
+    all scaling already."""
 
     inv_freq: tuple[float, ...]
     attention_scaling: float = 1.0
@@ -82,7 +85,30 @@ class GatedActivation:
     kind: Literal["silu", "gelu_tanh"]
 
 
-Op = Embed | RMSNorm | Linear | Attention | GatedActivation
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of gated MLPs, added to `out`: each row of x goes through the `top_k` experts of
+    which the router's softmax is largest (of equal ones the first), and their results are added up
+    with its weights, in order of the rank.
+
+    `gate_up` [num_experts * 2 * size, hidden]: an expert's gates, then its ups, expert by expert;
+    `down` [num_experts * hidden, size].
+    """
+
+    x: str
+    router: str
+    """Buffer of the router's logits [T, num_experts]."""
+    out: str
+    gate_up: str
+    down: str
+    num_experts: int
+    top_k: int
+    normalize: bool
+    """The weights of the chosen add up to 1."""
+    kind: Literal["silu", "gelu_tanh"]
+
+
+Op = Embed | RMSNorm | Linear | Attention | GatedActivation | Experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels import packing
 from torchweave_ray.kernels.packing import PackedLinear, pack_linear, packed_shape, scales_shape
 from torchweave_ray.kernels.quantization import GROUP, Format, QuantizedFormat, QuantizedLinear
-from torchweave_ray.models.config import ModelConfig
+from torchweave_ray.models.config import ExpertsConfig, ModelConfig
 
 EMBED = "embed.weight"
 NORM = "norm.weight"
@@ -40,6 +40,17 @@ Group = Literal["", "layers", "head"]
 """Products of the layers; the head's, which is the embedding where they are tied; no product."""
 GROUPS: tuple[Group, ...] = ("layers", "head")
 _NONE: Mapping[str, str] = MappingProxyType({})
+_NORMS_BEFORE: Mapping[str, str] = MappingProxyType(
+    {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+)
+_NORMS_AROUND: Mapping[str, str] = MappingProxyType(
+    {
+        "input_norm": "input_layernorm",
+        "attention_out_norm": "post_attention_layernorm",
+        "post_attention_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,8 @@ class FusedTensor:
     group: Group = ""
     format: Format = "bf16"
     """Of the weights of a product."""
+    num_experts: int = 1
+    """Weights of one shape below each other, each packed by itself."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,13 +98,17 @@ class FusedTensor:
             return (StoredTensor(self.name, self.shape, dtype),)
         n, k = self.shape
         gated, format = self.packing == "gated", self.format
-        shape = packed_shape(n, k, gated, format)
+        shape = packed_shape(n, k, gated, format, self.num_experts)
         if format == "bf16":
             return (StoredTensor(self.name, shape, torch.bfloat16),)
         scales_dtype = torch.float32 if format == "int8" else torch.float16
         return (
             StoredTensor(self.name, shape, torch.uint8),
-            StoredTensor(self.name + SCALES, scales_shape(n, k, gated, format), scales_dtype),
+            StoredTensor(
+                self.name + SCALES,
+                scales_shape(n, k, gated, format, self.num_experts),
+                scales_dtype,
+            ),
         )
 
     def pack(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -99,7 +116,7 @@ class FusedTensor:
         if self.packing == "none":
             return (parts[0],)
         weight = parts[0] if self.format == "bf16" else QuantizedLinear(self.format, *parts)
-        packed = pack_linear(weight, self.packing == "gated")
+        packed = pack_linear(weight, self.packing == "gated", self.num_experts)
         return (packed.data,) if packed.scales is None else (packed.data, packed.scales)
 
     def packed(self, stored: Sequence[Tensor]) -> Tensor | PackedLinear:
@@ -108,7 +125,8 @@ class FusedTensor:
             return stored[0]
         n, k = self.shape
         data, scales = (stored[0], None) if len(stored) == 1 else stored
-        return PackedLinear(data, n, k, self.packing == "gated", self.format, scales)
+        gated = self.packing == "gated"
+        return PackedLinear(data, n, k, gated, self.format, scales, self.num_experts)
 
 
 def layer_name(layer: int, part: str) -> str:
@@ -161,38 +179,80 @@ def _all_tensors(config: ModelConfig) -> list[FusedTensor]:
 
 
 def _layer_tensors(config: ModelConfig, layer: int) -> list[FusedTensor]:
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    q_rows = config.num_heads * config.head_dim
-    kv_rows = config.num_kv_heads * config.head_dim
-    found: list[FusedTensor] = []
-
-    def norm(name: str, source: str) -> None:
-        full = f"model.layers.{layer}.{source}.weight"
-        found.append(FusedTensor(layer_name(layer, f"{name}.weight"), (full,), ((hidden,),)))
-
-    def linear(
-        name: str, block: str, sources: Sequence[str], rows: Sequence[int], columns: int, bias: bool
-    ) -> None:
-        prefixes = [f"model.layers.{layer}.{block}.{source}" for source in sources]
-        weights = tuple(f"{prefix}.weight" for prefix in prefixes)
-        shapes = tuple((n, columns) for n in rows)
-        packing: Packing = "gated" if name == "gate_up_proj" else "linear"
-        full = layer_name(layer, f"{name}.weight")
-        found.append(FusedTensor(full, weights, shapes, packing, "layers"))
-        if bias:
-            biases = tuple(f"{prefix}.bias" for prefix in prefixes)
-            lengths = tuple((n,) for n in rows)
-            found.append(FusedTensor(layer_name(layer, f"{name}.bias"), biases, lengths))
-
-    q_k_v = ("q_proj", "k_proj", "v_proj")
-    att_bias, mlp_bias = config.attention_bias, config.mlp_bias
-    norm("input_norm", "input_layernorm")
-    linear("qkv_proj", "self_attn", q_k_v, (q_rows, kv_rows, kv_rows), hidden, att_bias)
-    linear("o_proj", "self_attn", ("o_proj",), (hidden,), q_rows, att_bias)
-    norm("post_attention_norm", "post_attention_layernorm")
-    linear("gate_up_proj", "mlp", ("gate_proj", "up_proj"), (mlp, mlp), hidden, mlp_bias)
-    linear("down_proj", "mlp", ("down_proj",), (hidden,), mlp, mlp_bias)
+    hidden = config.hidden_size
+    rows = [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
+    source = f"model.layers.{layer}"
+    attention, mlp = f"{source}.self_attn", f"{source}.mlp"
+    norms = _NORMS_AROUND if config.post_norms else _NORMS_BEFORE
+    qkv = [f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    if config.is_stored_fused:
+        qkv, rows = [f"{attention}.qkv_proj"], [sum(rows)]
+    heads = (config.head_dim,)
+    found = [_vector(layer, name, f"{source}.{norm}", (hidden,)) for name, norm in norms.items()]
+    if config.qk_norm:
+        found += [_vector(layer, f"{x}_norm", f"{attention}.{x}_norm", heads) for x in "qk"]
+    found += _linear(layer, "qkv_proj", qkv, rows, hidden, config.attention_bias)
+    o_proj, columns = [f"{attention}.o_proj"], config.num_heads * config.head_dim
+    found += _linear(layer, "o_proj", o_proj, [hidden], columns, config.output_bias)
+    if config.experts is not None and config.experts.layers[layer]:
+        return found + _expert_tensors(config.experts, layer, mlp, hidden)
+    size = config.intermediate_size
+    gate_up, rows = [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [size, size]
+    if config.is_stored_fused:
+        gate_up, rows = [f"{mlp}.gate_up_proj"], [2 * size]
+    found += _linear(layer, "gate_up_proj", gate_up, rows, hidden, config.mlp_bias)
+    found += _linear(layer, "down_proj", [f"{mlp}.down_proj"], [hidden], size, config.mlp_bias)
     return found
+
+
+def _vector(layer: int, name: str, source: str, shape: tuple[int, ...]) -> FusedTensor:
+    return FusedTensor(layer_name(layer, f"{name}.weight"), (f"{source}.weight",), (shape,))
+
+
+def _linear(
+    layer: int, name: str, sources: Sequence[str], rows: Sequence[int], columns: int, bias: bool
+) -> list[FusedTensor]:
+    packing: Packing = "gated" if name == "gate_up_proj" else "linear"
+    weights = tuple(f"{source}.weight" for source in sources)
+    shapes = tuple((n, columns) for n in rows)
+    full = layer_name(layer, f"{name}.weight")
+    found = [FusedTensor(full, weights, shapes, packing, "layers")]
+    if bias:
+        biases = tuple(f"{source}.bias" for source in sources)
+        lengths = tuple((n,) for n in rows)
+        found.append(FusedTensor(layer_name(layer, f"{name}.bias"), biases, lengths))
+    return found
+
+
+def _expert_tensors(experts: ExpertsConfig, layer: int, mlp: str, hidden: int) -> list[FusedTensor]:
+    """The router stays in bf16, whatever the layers are: its errors change who computes."""
+    size, each = experts.intermediate_size, range(experts.num)
+    gate_up = [f"{mlp}.experts.{e}.{half}_proj.weight" for e in each for half in ("gate", "up")]
+    down = [f"{mlp}.experts.{e}.down_proj.weight" for e in each]
+    router = FusedTensor(
+        layer_name(layer, "router.weight"),
+        (f"{mlp}.gate.weight",),
+        ((experts.num, hidden),),
+        "linear",
+    )
+    parts: list[tuple[str, list[str], tuple[int, int], Packing]] = [
+        ("gate_up", gate_up, (size, hidden), "gated"),
+        ("down", down, (hidden, size), "linear"),
+    ]
+    return [
+        router,
+        *(
+            FusedTensor(
+                layer_name(layer, f"experts.{name}_proj.weight"),
+                tuple(sources),
+                (shape,) * len(sources),
+                packing,
+                "layers",
+                num_experts=experts.num,
+            )
+            for name, sources, shape, packing in parts
+        ),
+    ]
 
 
 def check_source_names(config: ModelConfig, names: Iterable[str]) -> None:

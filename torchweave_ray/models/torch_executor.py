@@ -17,6 +17,7 @@ from torchweave_ray.models.spec import (
     Attention,
     DecoderSpec,
     Embed,
+    Experts,
     GatedActivation,
     Linear,
     Op,
@@ -99,13 +100,13 @@ class _Step:
             case Linear():
                 self._linear(op)
             case RMSNorm():
-                self.buffers[op.out] = _rms_norm(
-                    self.buffers[op.x], self._tensors[op.weight], op.eps, op.weight_offset
-                )
+                self._norm(op)
             case Attention():
                 self._attend(op)
             case GatedActivation():
-                self._gate(op)
+                self.buffers[op.out] = _gated(self.buffers[op.x], op.kind)
+            case Experts():
+                self._mix(op)
             case Embed():
                 rows = functional.embedding(self._inputs.input_ids, self._tensors[op.table])
                 self.buffers[op.out] = rows if op.scale == 1.0 else rows * op.scale
@@ -118,12 +119,27 @@ class _Step:
         else:
             self.buffers[op.out] = product
 
-    def _gate(self, op: GatedActivation) -> None:
-        gate, up = self.buffers[op.x].chunk(2, dim=-1)
-        if op.kind == "silu":
-            self.buffers[op.out] = functional.silu(gate).mul_(up)
+    def _norm(self, op: RMSNorm) -> None:
+        x, weight = self.buffers[op.x], self._tensors[op.weight]
+        normed = _rms_norm(x, weight, op.eps, op.weight_offset)
+        if op.accumulate:
+            self.buffers[op.out].add_(normed)
         else:
-            self.buffers[op.out] = functional.gelu(gate, approximate="tanh").mul_(up)
+            self.buffers[op.out] = normed
+
+    def _mix(self, op: Experts) -> None:
+        """One product an expert over all rows that chose it; then each row's, in order of rank."""
+        x = self.buffers[op.x]
+        gate_up = self._tensors[op.gate_up].chunk(op.num_experts)
+        down = self._tensors[op.down].chunk(op.num_experts)
+        shares, chosen = route(self.buffers[op.router], op.top_k, op.normalize)
+        parts = x.new_empty(*chosen.shape, x.shape[1])
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, ranks = (chosen == expert).nonzero(as_tuple=True)
+            gated = _gated(functional.linear(x[rows], gate_up[expert]), op.kind)
+            parts[rows, ranks] = functional.linear(gated, down[expert])
+        for rank in range(op.top_k):
+            self.buffers[op.out].add_(parts[:, rank] * shares[:, rank, None].to(x.dtype))
 
     def _attend(self, op: Attention) -> None:
         shape = op.shape
@@ -149,6 +165,22 @@ class _Step:
         return x if op.rope is None else _rotate(x, *self.rotations[op.rope])
 
 
+def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Of logits [T, num_experts]: weights [T, top_k] fp32, largest first, and whose they are."""
+    shares, order = logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    shares = shares[:, :top_k]
+    if normalize:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    return shares, order[:, :top_k]
+
+
+def _gated(x: Tensor, kind: str) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    if kind == "silu":
+        return functional.silu(gate).mul_(up)
+    return functional.gelu(gate, approximate="tanh").mul_(up)
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
     """Over the last axis, in fp32 whatever the dtype of x."""
     scale = weight.float()
@@ -164,6 +196,9 @@ def _rotation(inv_freq: Tensor, scaling: float, positions: Tensor) -> tuple[Tens
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[T, heads, head_dim], halves paired (NeoX): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """[T, heads, head_dim], halves paired (NeoX): (a, b) -> (a cos - b sin, b cos + a sin).
+    Only the first dimensions turn where cos has fewer than x."""
+    if (dim := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((_rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

@@ -3,15 +3,16 @@
 #pragma once
 #include <stdint.h>
 
-#define TW_ABI 3
+#define TW_ABI 4
 #define TW_PANEL 32          // output columns of one packed panel
 #define TW_GROUP 32          // inputs that share a scale
 #define TW_SPLIT 256         // positions of an attention split: fixed and absolute
 #define TW_TILE 64           // positions of an attention tile: fixed and absolute
 #define TW_SUB 16            // positions that lie together in the cache: blocks are whole subs
-#define TW_MAX_BUFFERS 16
+#define TW_MAX_BUFFERS 24
 #define TW_MAX_ROPES 4
 #define TW_MAX_HEAD_DIM 256
+#define TW_MAX_EXPERTS 1024
 
 #ifdef __cplusplus
 extern "C" {
@@ -26,6 +27,12 @@ enum TwOpKind {
     TW_MERGE = 5,     // out bf16 from the partial results of sequences that were split
     TW_PICK = 6,      // out f32 [R] = x f32 [logit_rows]
     TW_QUANTIZE = 7,  // x bf16 -> out blocks
+    // A mixture of experts, see experts.h. Spread rows: T * top_k, those of an expert together.
+    TW_ROUTE = 8,     // x f32 [T, num_experts] (logits): who computes each row, and their shares
+    TW_GROUP_ROWS = 9,     // the order of spread rows
+    TW_SPREAD = 10,   // out = spread rows of x, k bytes each
+    TW_EXPERTS = 11,  // LINEAR over spread rows, each with its expert's weights
+    TW_MIX = 12,      // out f32 += shares of x f32 (spread rows)
 };
 
 enum TwLinearMode {
@@ -37,7 +44,15 @@ enum TwLinearMode {
 };
 
 enum TwEmbedMode { TW_ROW_MAJOR = 0, TW_PACKED = 1 };
-enum TwNormMode { TW_NORM_BF16 = 0, TW_NORM_BLOCKS = 1 };
+enum TwNormMode {
+    TW_NORM_BF16 = 0,
+    TW_NORM_BLOCKS = 1,
+    TW_NORM_ADD = 2,  // out f32 +=
+};
+enum TwRouteMode {
+    TW_SHARES = 0,      // the softmax over all experts
+    TW_NORMALIZED = 1,  // adding up to 1 over the chosen ones
+};
 
 // Of a weight [n, k]; packing.py says how each lies in panels.
 enum TwFormat {
@@ -70,11 +85,15 @@ struct TwOp {
     float scale;         // EMBED, ATTEND
     float soft_cap;      // 0: none
     float reserved_f;
+    int32_t rotary_dim;  // ROPE_KV: the first dimensions of a head, that turn
+    int32_t num_experts, top_k;
+    int32_t spread;      // 1: runs over spread rows
     int64_t n, k;        // LINEAR: out and in features; RMS_NORM, EMBED, PICK: columns
     int64_t ldx, ldo;    // of blocks: bytes
     const void* weight;  // packed; RMS_NORM: f32; row-major EMBED: bf16; ROPE_KV: f32 q norm or null
     const void* extra;   // LINEAR: f32 bias or null; ROPE_KV: f32 k norm or null
     const void* scales;  // of a quantised weight
+    int64_t weight_stride, scales_stride;  // EXPERTS: bytes from one expert's to the next one's
 };
 
 // One step's batch: T tokens of S sequences, R rows picked. See attention/base.py's StepInputs.
@@ -95,7 +114,7 @@ struct TwStep {
     float* const* value_scales;
     int64_t block_size;
     void* buffers[TW_MAX_BUFFERS];
-    const float* ropes[TW_MAX_ROPES];  // [positions, head_dim]: cos then sin of each half
+    const float* ropes[TW_MAX_ROPES];  // [positions, rotary_dim]: cos then sin of each half
 };
 
 // One row of a draw; see runner/sampler.py for what each field means.

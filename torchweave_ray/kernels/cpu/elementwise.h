@@ -65,6 +65,12 @@ static void rms_norm(const TwOp& op, const TwStep& step, int64_t row) {
         }
         return;
     }
+    if (op.mode == TW_NORM_ADD) {
+        float* sum = (float*)step.buffers[op.out] + row * op.ldo;
+        for (; i < op.n; i += W)
+            store(sum + i, add(load(sum + i), mul(mul(load(x + i), scale), load(weight + i))));
+        return;
+    }
     for (; i < op.n; i += W) store_bf16(out + i, mul(mul(load(x + i), scale), load(weight + i)));
     for (; i < op.ldo; i += W) store_bf16(out + i, zero());
 }
@@ -74,11 +80,12 @@ static void pick(const TwOp& op, const TwStep& step, int64_t row) {
     __builtin_memcpy((float*)step.buffers[op.out] + row * op.ldo, x, op.ldo * sizeof(float));
 }
 
-// x [head_dim] f32: norm if asked, then rotate halves (a, b) -> (ac - bs, bc + as). The result is
-// x itself or in `scratch`. head_dim is a multiple of 16: rows are whole vectors.
+// x [head_dim] f32: norm if asked, then rotate the halves of its first rotary_dim (a, b) -> (ac - bs,
+// bc + as). The result is x itself or in `scratch`. head_dim and rotary_dim are multiples of 16: rows
+// are whole vectors.
 static inline const float* norm_and_rotate(const TwOp& op, const float* x, const float* norm,
                                            const float* table, float* scratch) {
-    const int64_t dim = op.head_dim, half = dim / 2;
+    const int64_t dim = op.head_dim, half = op.rotary_dim / 2;
     alignas(64) float normed[TW_MAX_HEAD_DIM];
     if (norm != nullptr) {
         float* out = table == nullptr ? scratch : normed;
@@ -94,6 +101,7 @@ static inline const float* norm_and_rotate(const TwOp& op, const float* x, const
         _mm256_storeu_ps(scratch + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
         _mm256_storeu_ps(scratch + half + i, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
     }
+    for (int64_t i = op.rotary_dim; i < dim; i += W) store(scratch + i, load(x + i));
     return scratch;
 }
 
@@ -151,7 +159,8 @@ static void rope_kv(const TwOp& op, const TwStep& step, int64_t token) {
     const int64_t dim = op.head_dim, kv_heads = op.num_kv_heads, size = step.block_size;
     const float* x = (const float*)step.buffers[op.x] + token * op.ldx;
     uint16_t* queries = (uint16_t*)step.buffers[op.out] + token * op.ldo;
-    const float* table = op.rope < 0 ? nullptr : step.ropes[op.rope] + step.positions[token] * dim;
+    const float* table =
+        op.rope < 0 ? nullptr : step.ropes[op.rope] + step.positions[token] * op.rotary_dim;
     const int64_t block = step.slot_mapping[token] / size, offset = step.slot_mapping[token] % size;
     if (step.key_scales == nullptr) fetch_key_lines(op, step, block * kv_heads * size + offset);
     alignas(64) float scratch[TW_MAX_HEAD_DIM];

@@ -18,6 +18,17 @@ struct TwMerge {
     int64_t partial, split_stride;  // split i's is at partial + i * split_stride
 };
 
+// How the rows of a mixture are shared out among its experts, of one op of a step.
+struct TwMixture {
+    int32_t* chosen;       // [T, top_k] experts, by rank
+    float* shares;         // [T, top_k]
+    int32_t* rows;         // [T, top_k]: their spread rows
+    int32_t* tokens;       // [T * top_k]: of each spread row
+    int32_t* experts;      // [num_active]: those that were chosen, in order
+    int32_t* starts;       // [num_active + 1]: their first spread rows
+    int32_t num_active;
+};
+
 struct TwKernels {
     void (*embed)(const TwOp& op, const TwStep& step, int64_t token);
     void (*rms_norm)(const TwOp& op, const TwStep& step, int64_t row);
@@ -30,6 +41,11 @@ struct TwKernels {
     void (*merge)(const TwOp& op, const TwStep& step, const TwMerge& row, const float* partials);
     void (*pick)(const TwOp& op, const TwStep& step, int64_t row);
     void (*quantize)(const TwOp& op, const TwStep& step, int64_t row);
+    // Of one token: `chosen` and `shares` [top_k].
+    void (*route)(const TwOp& op, const TwStep& step, int64_t token, int32_t* chosen,
+                  float* shares);
+    void (*mix)(const TwOp& op, const TwStep& step, int64_t token, const int32_t* rows,
+                const float* shares);
     // `scratch` holds 4 * vocab floats.
     int64_t (*sample)(const float* logits, int64_t vocab, const TwDraw& draw, float* scratch);
     int64_t (*ceiling)(int32_t what, const void* memory, int64_t amount);

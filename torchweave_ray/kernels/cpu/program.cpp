@@ -49,6 +49,21 @@ AttentionPlan plan_attention(const TwOp& op, const TwStep& step) {
     return plan;
 }
 
+// Room for the mixtures of a program, which use it one after the other.
+struct MixtureMemory {
+    std::vector<int32_t> numbers;
+    std::vector<float> shares;
+
+    TwMixture reserve(const TwOp& op, const TwStep& step) {
+        const int64_t rows = step.num_tokens * op.top_k;
+        numbers.resize(3 * rows + 2 * op.num_experts + 1);
+        shares.resize(rows);
+        int32_t* at = numbers.data();
+        return {at, shares.data(), at + rows, at + 2 * rows, at + 3 * rows,
+                at + 3 * rows + op.num_experts, 0};
+    }
+};
+
 struct Run {
     const TwKernels* kernels;
     const TwOp* ops;
@@ -56,12 +71,36 @@ struct Run {
     const TwStep* step;
     AttentionPlan attention;
     float* partials;
+    mutable TwMixture mixture;
 };
+
+// Spread rows in order of their experts, those of one in order of their tokens.
+void group(const TwOp& op, const TwStep& step, TwMixture& mixture) {
+    const int64_t rows = step.num_tokens * op.top_k;
+    std::vector<int32_t> next(op.num_experts);
+    for (int64_t i = 0; i < rows; i++) next[mixture.chosen[i]]++;
+    mixture.num_active = 0;
+    int32_t start = 0;
+    for (int32_t expert = 0; expert < op.num_experts; expert++) {
+        const int32_t count = next[expert];
+        next[expert] = start;
+        if (count == 0) continue;
+        mixture.experts[mixture.num_active] = expert;
+        mixture.starts[mixture.num_active++] = start;
+        start += count;
+    }
+    mixture.starts[mixture.num_active] = start;
+    for (int64_t i = 0; i < rows; i++) {
+        const int32_t row = next[mixture.chosen[i]]++;
+        mixture.rows[i] = row;
+        mixture.tokens[row] = (int32_t)(i / op.top_k);
+    }
+}
 
 int64_t groups(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 int64_t rows_of(const TwOp& op, const TwStep& step) {
-    return op.picked ? step.num_rows : step.num_tokens;
+    return op.picked ? step.num_rows : op.spread ? step.num_tokens * op.top_k : step.num_tokens;
 }
 
 int64_t num_units(const void* context, int64_t stage) {
@@ -71,6 +110,10 @@ int64_t num_units(const void* context, int64_t stage) {
     switch (op.kind) {
         case TW_LINEAR:
             return groups(op.n, TW_PANEL) * groups(rows, LINEAR_ROWS);
+        case TW_EXPERTS:  // at most so many are chosen; who, is not known yet
+            return groups(op.n, TW_PANEL) * (rows < op.num_experts ? rows : op.num_experts);
+        case TW_GROUP_ROWS:
+            return 1;
         case TW_ATTEND:
             return (int64_t)run.attention.units.size();
         case TW_MERGE:
@@ -84,6 +127,52 @@ template <class Work>
 void each_of(int64_t unit, int64_t count, Work work) {
     const int64_t end = (unit + 1) * TOKEN_GRAIN;
     for (int64_t i = unit * TOKEN_GRAIN; i < end && i < count; i++) work(i);
+}
+
+// One panel of one chosen expert, over all of its rows.
+void run_expert(const Run& run, const TwOp& op, int64_t unit) {
+    const int64_t panels = groups(op.n, TW_PANEL), index = unit / panels;
+    const TwMixture& mixture = run.mixture;
+    if (index >= mixture.num_active) return;
+    const int64_t expert = mixture.experts[index], first = mixture.starts[index];
+    const int64_t rows = mixture.starts[index + 1] - first, chunks = groups(rows, LINEAR_ROWS);
+    TwOp own = op;
+    own.weight = (const char*)op.weight + expert * op.weight_stride;
+    own.scales = (const char*)op.scales + expert * op.scales_stride;
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        run.kernels->linear(own, *run.step, unit % panels, first + rows * chunk / chunks,
+                            first + rows * (chunk + 1) / chunks);
+}
+
+// The part of `work` that mixtures have.
+void work_mixture(const Run& run, const TwOp& op, int64_t unit, int64_t rows) {
+    const TwStep& step = *run.step;
+    TwMixture& mixture = run.mixture;
+    const int64_t k = op.top_k;
+    switch (op.kind) {
+        case TW_ROUTE:
+            each_of(unit, rows, [&](int64_t i) {
+                run.kernels->route(op, step, i, mixture.chosen + i * k, mixture.shares + i * k);
+            });
+            break;
+        case TW_GROUP_ROWS:
+            group(op, step, mixture);
+            break;
+        case TW_SPREAD:
+            each_of(unit, rows, [&](int64_t i) {
+                __builtin_memcpy((char*)step.buffers[op.out] + i * op.k,
+                                 (const char*)step.buffers[op.x] + mixture.tokens[i] * op.k, op.k);
+            });
+            break;
+        case TW_EXPERTS:
+            run_expert(run, op, unit);
+            break;
+        case TW_MIX:
+            each_of(unit, rows, [&](int64_t i) {
+                run.kernels->mix(op, step, i, mixture.rows + i * k, mixture.shares + i * k);
+            });
+            break;
+    }
 }
 
 void work(const void* context, int64_t stage, int64_t unit) {
@@ -128,6 +217,8 @@ void work(const void* context, int64_t stage, int64_t unit) {
             });
             break;
         }
+        default:
+            work_mixture(run, op, unit, rows);
     }
 }
 
@@ -210,8 +301,15 @@ TwTeam* tw_team_create(int32_t num_threads) {
 void tw_team_destroy(TwTeam* team) { delete team; }
 
 int32_t tw_run(TwTeam* team, int32_t isa, const TwOp* ops, int64_t num_ops, const TwStep* step) {
-    Run run{kernels_of(isa), ops, num_ops, step, {}, nullptr};
+    Run run{kernels_of(isa), ops, num_ops, step, {}, nullptr, {}};
     if (run.kernels == nullptr) return -1;
+    MixtureMemory mixture;
+    for (int64_t i = 0; i < num_ops; i++) {
+        if (ops[i].kind != TW_ROUTE) continue;
+        if (ops[i].num_experts > TW_MAX_EXPERTS || ops[i].top_k > ops[i].num_experts) return -4;
+        run.mixture = mixture.reserve(ops[i], *step);
+        break;
+    }
     for (int64_t i = 0; i < num_ops; i++) {
         if (ops[i].kind != TW_ATTEND) continue;
         if (ops[i].head_dim > TW_MAX_HEAD_DIM || ops[i].head_dim % 16 != 0) return -2;

@@ -6,10 +6,12 @@
 #include "attention.h"
 #include "ceiling.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "matmul.h"
 #include "quantized.h"
 #include "sampler.h"
 
 extern const TwKernels tw_kernels_avx512 = {
-    embed, rms_norm, linear, rope_kv, attend, merge, pick, quantize, sample, ceiling,
+    embed, rms_norm, linear, rope_kv, attend, merge, pick, quantize, route, mix,
+    sample, ceiling,
 };
