@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from optimizer.checkpoints.checkpoint import TensorInfo
+from optimizer.checkpoints.gguf_families import GGUF_FAMILIES, GgufFamily
 from torchweave_ray.errors import ArtifactError
 
-_ARCHITECTURE = "llama"
 _KNOWN = frozenset(
     {
         "vocab_size",
@@ -33,6 +34,7 @@ _KNOWN = frozenset(
         "rope.scaling.factor",
         "rope.scaling.finetuned",
         "rope.scaling.original_context_length",
+        "rope.scaling.attn_factor",
     }
 )
 # llama.cpp ends generation at control tokens of these texts whatever the id keys say.
@@ -48,23 +50,42 @@ _END_TOKENS = (
 CONTROL = 3  # tokenizer.ggml.token_type
 
 
+@dataclass(frozen=True, slots=True)
+class RopeFactors:
+    """What a file's tensors say about rotary frequencies: a divisor of each."""
+
+    llama3: Sequence[float] | None = None
+    long: Sequence[float] | None = None
+    short: Sequence[float] | None = None
+
+
+def family_of(metadata: Mapping[str, Any]) -> GgufFamily:
+    """Raises ArtifactError with the list for an architecture that is not on it."""
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
+        raise ArtifactError(
+            f"GGUF architecture {architecture!r} is not supported; "
+            f"supported: {', '.join(GGUF_FAMILIES)}"
+        )
+    return GGUF_FAMILIES[architecture]
+
+
 def hf_config(
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    rope_factors: Sequence[float] | None,
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo], factors: RopeFactors
 ) -> dict[str, Any]:
-    """`tensors` by Hugging Face name; `rope_factors`: what `rope_freqs.weight` holds, if there."""
-    values = _own_keys(metadata)
+    """`tensors` by Hugging Face name."""
+    family = family_of(metadata)
+    values = _own_keys(metadata, family)
     heads = _integer(values, "attention.head_count")
     hidden = _integer(values, "embedding_length")
-    head_dim = _head_dim(values, hidden // heads)
+    head_dim, rotary_dim = _head_dims(values, hidden // heads, family)
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise ArtifactError("GGUF tensor token_embd.weight is missing")
     theta = _number(values, "rope.freq_base", 10_000.0)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": _integer(values, "feed_forward_length"),
@@ -76,12 +97,14 @@ def hf_config(
         "max_position_embeddings": _integer(values, "context_length"),
         "rms_norm_eps": _number(values, "attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(values, rope_factors, theta, head_dim),
+        "rope_scaling": _rope_scaling(values, factors, theta, head_dim),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "attention_bias": any(name.endswith("q_proj.bias") for name in tensors),
-        "mlp_bias": any(name.endswith("gate_proj.bias") for name in tensors),
+        **family.config(values, tensors.keys()),
         **_special_ids(metadata),
     }
+    if rotary_dim != head_dim:
+        config["partial_rotary_factor"] = rotary_dim / head_dim
+    return config
 
 
 def hf_generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,45 +119,52 @@ def hf_generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return ids | {"eos_token_id": list(dict.fromkeys(i for i in ends if i is not None))}
 
 
-def _own_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    architecture = metadata.get("general.architecture")
-    if architecture != _ARCHITECTURE:
-        raise ArtifactError(
-            f"GGUF architecture {architecture!r} is not supported; supported: {_ARCHITECTURE}"
-        )
+def _own_keys(metadata: Mapping[str, Any], family: GgufFamily) -> dict[str, Any]:
     if metadata.get("split.count", 1) > 1:
         raise ArtifactError("a GGUF in several files is not supported: merge it into one first")
-    prefix = f"{_ARCHITECTURE}."
+    prefix = f"{metadata['general.architecture']}."
     values = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    known = _KNOWN | family.keys
     for key, value in values.items():
-        if key not in _KNOWN and not (key == "expert_count" and value == 0):
+        if key not in known and not (key == "expert_count" and value == 0):
             raise ArtifactError(f"GGUF key {prefix}{key} = {value!r} is not supported")
     return values
 
 
-def _head_dim(values: Mapping[str, Any], default: int) -> int:
+def _head_dims(values: Mapping[str, Any], default: int, family: GgufFamily) -> tuple[int, int]:
+    """Dimensions of a head, and how many of them turn."""
     head_dim = _integer(values, "attention.key_length", default)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := _integer(values, key, head_dim)) != head_dim:
+    value_length = _integer(values, "attention.value_length", head_dim)
+    rotary_dim = _integer(values, "rope.dimension_count", head_dim)
+    lengths = {"attention.value_length": value_length}
+    if not family.may_rotate_partly:
+        lengths["rope.dimension_count"] = rotary_dim
+    for key, value in lengths.items():
+        if value != head_dim:
             raise ArtifactError(
-                f"GGUF key llama.{key} = {value} is not supported: heads have {head_dim} dimensions"
+                f"GGUF key {key} = {value} is not supported: heads have {head_dim} dimensions"
             )
-    return head_dim
+    return head_dim, rotary_dim
 
 
 def _rope_scaling(
-    values: Mapping[str, Any], factors: Sequence[float] | None, theta: float, head_dim: int
+    values: Mapping[str, Any], factors: RopeFactors, theta: float, head_dim: int
 ) -> dict[str, Any] | None:
     kind = values.get("rope.scaling.type", "none")
-    if factors is not None:
+    original = values.get("rope.scaling.original_context_length")
+    scaling: dict[str, Any] = {"original_max_position_embeddings": original} if original else {}
+    if (attention := values.get("rope.scaling.attn_factor")) is not None:
+        scaling["attention_factor"] = attention
+    if factors.llama3 is not None:
         if kind != "none":
             raise ArtifactError(f"GGUF has both rope_freqs.weight and rope scaling {kind!r}")
-        return _llama3_scaling(factors, theta, head_dim)
+        return _llama3_scaling(factors.llama3, theta, head_dim)
+    if factors.long is not None and factors.short is not None:
+        lists = {"long_factor": list(factors.long), "short_factor": list(factors.short)}
+        return {"rope_type": "longrope", **lists, **scaling}
     if kind == "none":
         return None
-    scaling = {"rope_type": kind, "factor": _number(values, "rope.scaling.factor")}
-    original = values.get("rope.scaling.original_context_length")
-    return scaling | ({"original_max_position_embeddings": original} if original else {})
+    return {"rope_type": kind, "factor": _number(values, "rope.scaling.factor"), **scaling}
 
 
 def _llama3_scaling(factors: Sequence[float], theta: float, head_dim: int) -> dict[str, Any]:
@@ -176,7 +206,7 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = values.get(key, default)
     if type(value) is not int or value < 1:
-        raise ArtifactError(f"GGUF key llama.{key} must be one whole number above 0, got {value!r}")
+        raise ArtifactError(f"GGUF key {key} must be one whole number above 0, got {value!r}")
     return value
 
 
@@ -184,5 +214,5 @@ def _number(values: Mapping[str, Any], key: str, default: float | None = None) -
     """The shortest decimal of the stored float32: 1e-05, not 9.999999747378752e-06."""
     value = values.get(key, default)
     if type(value) is not float:
-        raise ArtifactError(f"GGUF key llama.{key} must be a float, got {value!r}")
+        raise ArtifactError(f"GGUF key {key} must be a float, got {value!r}")
     return float(str(np.float32(value)))

@@ -1,6 +1,6 @@
 """A GGUF file seen as a Hugging Face checkpoint: names, order of rows and config translated.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Only architecture "llama".
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 Whatever the file holds that we would not compute is refused by name.
 """
 
@@ -10,7 +10,7 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,13 @@ from torch import Tensor
 
 from optimizer.checkpoints.checkpoint import TensorInfo, json_document
 from optimizer.checkpoints.gguf_codes import read_codes
-from optimizer.checkpoints.gguf_config import hf_config, hf_generation_config
+from optimizer.checkpoints.gguf_config import (
+    RopeFactors,
+    family_of,
+    hf_config,
+    hf_generation_config,
+)
+from optimizer.checkpoints.gguf_families import TOP, GgufFamily
 from optimizer.checkpoints.gguf_header import check_header
 from optimizer.checkpoints.gguf_tokenizer import tokenizer_config, tokenizer_json
 from torchweave_ray.errors import ArtifactError
@@ -36,28 +42,36 @@ from torchweave_ray.models.artifact import (
 
 _STEP = 4 << 20
 """Elements that are dequantised at once."""
-ROPE_FREQS = "rope_freqs.weight"
+_ROPE_FACTORS: Mapping[str, str] = MappingProxyType(
+    {
+        "rope_freqs.weight": "llama3",
+        "rope_factors_long.weight": "long",
+        "rope_factors_short.weight": "short",
+    }
+)
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_TOP: Mapping[str, str] = MappingProxyType(
-    {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-)
-_PARTS: Mapping[str, str] = MappingProxyType(
-    {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor under a Hugging Face name: one of the file, or one expert of it."""
+
+    tensor: Any
+    expert: int | None = None
+
+    @property
+    def data(self) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = self.tensor.data
+        return found if self.expert is None else found[self.expert]
+
+    @property
+    def info(self) -> TensorInfo:
+        """GGUF lists the fastest dimension first."""
+        shape = tuple(int(length) for length in reversed(self.tensor.shape))
+        kind, size = self.tensor.tensor_type.name, int(self.tensor.n_bytes)
+        if self.expert is None:
+            return TensorInfo(shape, kind, size)
+        return TensorInfo(shape[1:], kind, size // shape[0])
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
@@ -86,19 +100,17 @@ class GgufCheckpoint:
             }
         except Exception as error:  # the package expects a whole file, and raises what comes
             raise ArtifactError(f"{path} is not a whole GGUF file: {error}") from error
-        self._by_name: dict[str, Any] = {}
-        rope_factors: list[float] | None = None
+        self._family = family_of(self._metadata)
+        factors: dict[str, list[float]] = {}
+        self._by_name: dict[str, _Part] = {}
         for tensor in reader.tensors:
-            if tensor.name == ROPE_FREQS:
-                rope_factors = [float(value) for value in tensor.data]
+            if tensor.name in _ROPE_FACTORS:
+                factors[_ROPE_FACTORS[tensor.name]] = [float(value) for value in tensor.data]
             else:
-                self._by_name[_hf_name(tensor.name, path)] = tensor
-        self._tensors = {
-            name: TensorInfo(_shape(tensor), tensor.tensor_type.name, int(tensor.n_bytes))
-            for name, tensor in self._by_name.items()
-        }
+                self._by_name |= _parts(tensor, self._family, path)
+        self._tensors = {name: part.info for name, part in self._by_name.items()}
         with _sound_metadata(path):
-            self._config = hf_config(self._metadata, self._tensors, rope_factors)
+            self._config = hf_config(self._metadata, self._tensors, RopeFactors(**factors))
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -106,33 +118,36 @@ class GgufCheckpoint:
 
     def load(self, name: str) -> Tensor:
         """float32, in Hugging Face's order of rows."""
-        tensor = self._by_name[name]
+        part = self._by_name[name]
         try:
-            values = self._dequantized(tensor)
+            values = self._dequantized(part)
         except NotImplementedError as error:
             raise ArtifactError(
-                f"{self._path}: tensor {tensor.name} is {tensor.tensor_type.name}, which the gguf "
+                f"{self._path}: tensor {part.tensor.name} is {part.info.dtype}, which the gguf "
                 "package cannot dequantise"
             ) from error
         self._unmap()
-        return self._ordered(name, torch.from_numpy(values).reshape(_shape(tensor)))
+        loaded = torch.from_numpy(values).reshape(part.info.shape)
+        if name.endswith("norm.weight"):
+            loaded -= self._family.norm_offset
+        return self._ordered(name, loaded)
 
-    def _dequantized(self, tensor: Any) -> np.ndarray[Any, Any]:
+    def _dequantized(self, part: _Part) -> np.ndarray[Any, Any]:
         """float32, some rows at a time: the package's arithmetic takes several times the result."""
-        data = tensor.data
+        data, kind = part.data, part.tensor.tensor_type
         if data.ndim == 1:
-            return np.array(gguf.dequantize(data, tensor.tensor_type), dtype=np.float32)
-        values = np.empty((len(data), tensor.n_elements // max(len(data), 1)), np.float32)
+            return np.array(gguf.dequantize(data, kind), dtype=np.float32)
+        values = np.empty((len(data), part.info.shape[1]), np.float32)
         step = max(1, _STEP // max(values.shape[1], 1))
         for start in range(0, len(data), step):
-            rows = gguf.dequantize(data[start : start + step], tensor.tensor_type)
+            rows = gguf.dequantize(data[start : start + step], kind)
             values[start : start + step] = rows.reshape(-1, values.shape[1])
         return values
 
     def codes(self, name: str) -> QuantizedLinear | None:
         """Of Q8_0, Q4_0 and Q4_1, in Hugging Face's order of rows."""
-        tensor = self._by_name[name]
-        found = read_codes(tensor.data, tensor.tensor_type)
+        part = self._by_name[name]
+        found = read_codes(part.data, part.tensor.tensor_type)
         if found is None:
             return None
         mins = None if found.mins is None else self._ordered(name, found.mins)
@@ -145,6 +160,8 @@ class GgufCheckpoint:
         self._reader.mapped.madvise(mmap.MADV_DONTNEED)
 
     def _ordered(self, name: str, rows: Tensor) -> Tensor:
+        if not self._family.is_permuted:
+            return rows
         if ".q_proj." in name:
             return _unpermute(rows, self._config["num_attention_heads"])
         if ".k_proj." in name:
@@ -170,18 +187,21 @@ def _sound_metadata(path: Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: its metadata cannot be read: {error!r}") from error
 
 
-def _hf_name(name: str, path: Path) -> str:
-    if name in _TOP:
-        return _TOP[name]
-    found = _LAYER.fullmatch(name)
-    if found is None or found[2] not in _PARTS:
-        raise ArtifactError(f"{path}: tensor {name} is not one of architecture llama that we know")
-    return f"model.layers.{found[1]}.{_PARTS[found[2]]}.{found[3]}"
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    """GGUF lists the fastest dimension first."""
-    return tuple(int(length) for length in reversed(tensor.shape))
+def _parts(tensor: Any, family: GgufFamily, path: Path) -> dict[str, _Part]:
+    """The tensor by Hugging Face name: one, or one for each expert that it holds."""
+    if tensor.name in TOP:
+        return {TOP[tensor.name]: _Part(tensor)}
+    found = _LAYER.fullmatch(tensor.name)
+    if found is None or found[2] not in family.parts:
+        raise ArtifactError(
+            f"{path}: tensor {tensor.name} is not one of {family.architecture} that we know"
+        )
+    name = f"model.layers.{found[1]}.{family.parts[found[2]]}.{found[3]}"
+    if "{}" not in name:
+        return {name: _Part(tensor)}
+    if len(tensor.shape) != 3:
+        raise ArtifactError(f"{path}: tensor {tensor.name} does not hold one matrix an expert")
+    return {name.format(i): _Part(tensor, i) for i in range(int(tensor.shape[2]))}
 
 
 def _unpermute(weight: Tensor, num_heads: int) -> Tensor:

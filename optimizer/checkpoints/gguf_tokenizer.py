@@ -99,7 +99,7 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "add_eos_token": _adds(metadata, "eos"),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata["llama.context_length"],
+        "model_max_length": metadata[f"{metadata['general.architecture']}.context_length"],
     }
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     for name, key in names.items():

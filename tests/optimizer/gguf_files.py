@@ -6,6 +6,7 @@ Written from the format's description, apart from the reader that it tests. No t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,26 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.gate": "ffn_gate_inp",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_ARCHITECTURES = {
+    "mistral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+}
+"""Where it is not the model_type."""
+_EXPERT = re.compile(r"(.*)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -49,13 +67,13 @@ def make_gguf(
     for key, value in metadata.items():
         if key != "general.architecture" and value is not None:
             _add(writer, key, value)
-    for name, values in load_file(checkpoint / "model.safetensors").items():
-        if (gguf_name := _gguf_name(name)) in (raw or {}):
+    for name, values in _stacked(load_file(checkpoint / "model.safetensors")).items():
+        if (gguf_name := _gguf_name(name, config)) in (raw or {}):
             kind, data = raw[gguf_name]
             writer.add_tensor(gguf_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
             continue
         _write(writer, gguf_name, _permuted(name, values, config), quantization)
-    for name, values in (tensors or {}).items():
+    for name, values in (_rope_factors(config) | dict(tensors or {})).items():
         _write(writer, name, values, "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -70,8 +88,7 @@ def _metadata(config: Mapping[str, Any], checkpoint: Path, pre: str) -> dict[str
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     tokens = sorted(vocab, key=lambda token: vocab[token])
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
-    return {
-        "general.architecture": "llama",
+    own = {
         "llama.context_length": config["max_position_embeddings"],
         "llama.embedding_length": config["hidden_size"],
         "llama.block_count": config["num_hidden_layers"],
@@ -80,6 +97,11 @@ def _metadata(config: Mapping[str, Any], checkpoint: Path, pre: str) -> dict[str
         "llama.attention.head_count_kv": config["num_key_value_heads"],
         "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         "llama.rope.freq_base": config["rope_theta"],
+    } | _family_metadata(config)
+    arch = _ARCHITECTURES.get(config["model_type"], config["model_type"])
+    return {
+        "general.architecture": arch,
+        **{key.replace("llama.", f"{arch}.", 1): value for key, value in own.items()},
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
@@ -110,16 +132,82 @@ def _write(writer: gguf.GGUFWriter, name: str, values: np.ndarray, quantization:
     writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
 
 
-def _gguf_name(name: str) -> str:
+def _family_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the keys that the converter writes for other families than Llama."""
+    found: dict[str, Any] = {}
+    names = {
+        "head_dim": ("attention.key_length", "attention.value_length"),
+        "sliding_window": ("attention.sliding_window",),
+        "attn_logit_softcapping": ("attn_logit_softcapping",),
+        "final_logit_softcapping": ("final_logit_softcapping",),
+        "num_experts": ("expert_count",),
+        "num_experts_per_tok": ("expert_used_count",),
+        "moe_intermediate_size": ("expert_feed_forward_length",),
+        "original_max_position_embeddings": ("rope.scaling.original_context_length",),
+    }
+    for key, its in names.items():
+        if config.get(key) is not None and not (
+            key == "sliding_window" and "qwen" in config["model_type"]
+        ):
+            found |= {f"llama.{name}": config[key] for name in its}
+    heads = config["hidden_size"] // config["num_attention_heads"]
+    if (factor := config.get("partial_rotary_factor")) is not None:
+        found["llama.rope.dimension_count"] = int(heads * factor)
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        found["llama.rope.scaling.type"] = scaling["rope_type"]
+        found["llama.rope.scaling.factor"] = scaling["factor"]
+    if "original_max_position_embeddings" in scaling:
+        original = scaling["original_max_position_embeddings"]
+        found["llama.rope.scaling.original_context_length"] = original
+    if config["model_type"] == "gemma3_text":
+        found["llama.rope.freq_base_swa"] = config["rope_local_base_freq"]
+    return found
+
+
+def _rope_factors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type") != "longrope":
+        return {}
+    return {
+        f"rope_factors_{length}.weight": np.array(scaling[f"{length}_factor"], dtype=np.float32)
+        for length in ("long", "short")
+    }
+
+
+def _stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All experts of a layer as one tensor, under a name with `exps`."""
+    found: dict[str, np.ndarray] = {}
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, values in tensors.items():
+        if (match := _EXPERT.fullmatch(name)) is None:
+            found[name] = values
+        else:
+            stacked = f"{match[1]}.mlp.exps.{match[3]}.weight"
+            experts.setdefault(stacked, {})[int(match[2])] = values
+    for name, each in experts.items():
+        found[name] = np.stack([each[i] for i in range(len(each))])
+    return found
+
+
+def _gguf_name(name: str, config: Mapping[str, Any]) -> str:
     if name in _TOP:
         return _TOP[name]
+    names = _NAMES | (_GEMMA_NAMES if "gemma" in config["model_type"] else {})
     _, _, layer, part = name.split(".", 3)
     part, _, suffix = part.rpartition(".")
-    return f"blk.{layer}.{_NAMES[part]}.{suffix}"
+    if part.startswith("mlp.exps."):
+        return f"blk.{layer}.ffn_{part.removeprefix('mlp.exps.')}_exps.{suffix}"
+    return f"blk.{layer}.{names[part]}.{suffix}"
 
 
 def _permuted(name: str, values: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-    """Rows 0..h-1, h..2h-1 of a head become 0, h, 1, h+1, ...: llama.cpp rotates neighbours."""
+    """Rows 0..h-1, h..2h-1 of a head become 0, h, 1, h+1, ...: llama.cpp rotates neighbours in the
+    families of Llama. Gemma's norms become what it multiplies with."""
+    if "gemma" in config["model_type"] and name.endswith("norm.weight"):
+        return values + 1.0
+    if config["model_type"] not in ("llama", "mistral", "smollm3"):
+        return values
     for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if f".{part}." in name:
             halves = values.reshape(config[heads], 2, -1, *values.shape[1:])

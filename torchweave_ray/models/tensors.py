@@ -40,17 +40,6 @@ Group = Literal["", "layers", "head"]
 """Products of the layers; the head's, which is the embedding where they are tied; no product."""
 GROUPS: tuple[Group, ...] = ("layers", "head")
 _NONE: Mapping[str, str] = MappingProxyType({})
-_NORMS_BEFORE: Mapping[str, str] = MappingProxyType(
-    {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
-)
-_NORMS_AROUND: Mapping[str, str] = MappingProxyType(
-    {
-        "input_norm": "input_layernorm",
-        "attention_out_norm": "post_attention_layernorm",
-        "post_attention_norm": "pre_feedforward_layernorm",
-        "mlp_out_norm": "post_feedforward_layernorm",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +159,7 @@ def _all_tensors(config: ModelConfig) -> list[FusedTensor]:
         embed = replace(embed, packing="linear", group="head")
     tensors = [embed]
     for layer in range(config.num_layers):
-        tensors += _layer_tensors(config, layer)
+        tensors += [*_attention_tensors(config, layer), *_mlp_tensors(config, layer)]
     tensors.append(FusedTensor(NORM, ("model.norm.weight",), ((hidden,),)))
     if not config.tie_word_embeddings:
         head = FusedTensor(HEAD, ("lm_head.weight",), ((vocab, hidden),), "linear", "head")
@@ -178,31 +167,43 @@ def _all_tensors(config: ModelConfig) -> list[FusedTensor]:
     return tensors
 
 
-def _layer_tensors(config: ModelConfig, layer: int) -> list[FusedTensor]:
-    hidden = config.hidden_size
+def _attention_tensors(config: ModelConfig, layer: int) -> list[FusedTensor]:
+    hidden, source = config.hidden_size, f"model.layers.{layer}.self_attn"
     rows = [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
-    source = f"model.layers.{layer}"
-    attention, mlp = f"{source}.self_attn", f"{source}.mlp"
-    norms = _NORMS_AROUND if config.post_norms else _NORMS_BEFORE
-    qkv = [f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    columns = rows[0]
+    qkv = [f"{source}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
     if config.is_stored_fused:
-        qkv, rows = [f"{attention}.qkv_proj"], [sum(rows)]
-    heads = (config.head_dim,)
-    found = [_vector(layer, name, f"{source}.{norm}", (hidden,)) for name, norm in norms.items()]
-    if config.qk_norm:
-        found += [_vector(layer, f"{x}_norm", f"{attention}.{x}_norm", heads) for x in "qk"]
+        qkv, rows = [f"{source}.qkv_proj"], [sum(rows)]
+    found = [_norm(config, layer, "input_norm", "input_layernorm")]
     found += _linear(layer, "qkv_proj", qkv, rows, hidden, config.attention_bias)
-    o_proj, columns = [f"{attention}.o_proj"], config.num_heads * config.head_dim
+    if config.qk_norm:
+        heads = (config.head_dim,)
+        found += [_vector(layer, f"{x}_norm", f"{source}.{x}_norm", heads) for x in "qk"]
+    o_proj = [f"{source}.o_proj"]
     found += _linear(layer, "o_proj", o_proj, [hidden], columns, config.output_bias)
-    if config.experts is not None and config.experts.layers[layer]:
-        return found + _expert_tensors(config.experts, layer, mlp, hidden)
-    size = config.intermediate_size
-    gate_up, rows = [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [size, size]
-    if config.is_stored_fused:
-        gate_up, rows = [f"{mlp}.gate_up_proj"], [2 * size]
-    found += _linear(layer, "gate_up_proj", gate_up, rows, hidden, config.mlp_bias)
-    found += _linear(layer, "down_proj", [f"{mlp}.down_proj"], [hidden], size, config.mlp_bias)
+    if config.post_norms:
+        found.append(_norm(config, layer, "attention_out_norm", "post_attention_layernorm"))
     return found
+
+
+def _mlp_tensors(config: ModelConfig, layer: int) -> list[FusedTensor]:
+    hidden, size, source = config.hidden_size, config.intermediate_size, f"model.layers.{layer}.mlp"
+    before = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    found = [_norm(config, layer, "post_attention_norm", before)]
+    if config.experts is not None and config.experts.layers[layer]:
+        return found + _expert_tensors(config.experts, layer, source, hidden)
+    gate_up, rows = [f"{source}.gate_proj", f"{source}.up_proj"], [size, size]
+    if config.is_stored_fused:
+        gate_up, rows = [f"{source}.gate_up_proj"], [2 * size]
+    found += _linear(layer, "gate_up_proj", gate_up, rows, hidden, config.mlp_bias)
+    found += _linear(layer, "down_proj", [f"{source}.down_proj"], [hidden], size, config.mlp_bias)
+    if config.post_norms:
+        found.append(_norm(config, layer, "mlp_out_norm", "post_feedforward_layernorm"))
+    return found
+
+
+def _norm(config: ModelConfig, layer: int, name: str, source: str) -> FusedTensor:
+    return _vector(layer, name, f"model.layers.{layer}.{source}", (config.hidden_size,))
 
 
 def _vector(layer: int, name: str, source: str, shape: tuple[int, ...]) -> FusedTensor:
