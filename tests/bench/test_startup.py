@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.bench import process_tree, startup
-from torchweave_ray.bench.process_tree import ProcessTree, unique_bytes, wait_until_calm
+from torchweave_ray.bench.process_tree import Memory, ProcessTree, memory_of, wait_until_calm
 from torchweave_ray.bench.server_process import RunningServer, ServerFailed, started_server
 from torchweave_ray.bench.serving import BenchmarkError
 from torchweave_ray.cli.app import build_app
@@ -169,23 +169,29 @@ def test_processes_are_found_by_their_command_lines(tmp_path: Path) -> None:
 
 def test_unique_memory_counts_private_pages_only(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
-    text = "Rss: 900 kB\nShared_Clean: 600 kB\nPrivate_Clean: 100 kB\nPrivate_Dirty: 200 kB\n"
+    text = (
+        "Rss: 900 kB\nPss: 500 kB\nPss_Dirty: 9 kB\nPrivate_Clean: 100 kB\nPrivate_Dirty: 200 kB\n"
+    )
     (tmp_path / "7" / "smaps_rollup").write_text(text)
-    assert unique_bytes(7, tmp_path) == 300 * 1024
+    assert memory_of(7, tmp_path) == Memory(300 * 1024, 500 * 1024, 900 * 1024)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_two_real_replicas_are_weighed(artifact: Path) -> None:
     line = startup.replica_memory(str(artifact))
-    assert len(line["uss_mib"]) == 2
+    assert len(line["uss_mib"]) == len(line["pss_mib"]) == len(line["rss_mib"]) == 2
+    for uss, pss, rss in zip(line["uss_mib"], line["pss_mib"], line["rss_mib"], strict=True):
+        assert uss < pss < rss
     assert min(line["uss_mib"]) > 50  # Ray's own imports alone
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_empty_app_becomes_ready(artifact: Path) -> None:
-    assert startup.ready(str(artifact), "default", "empty", run=0)["seconds"] > 0
+    line = startup.ready(str(artifact), "default", "empty", run=0)
+    assert line["seconds"] > 0
+    assert {"ray", "serve", "app"} <= line["parts"].keys()
 
 
 def test_calm_is_a_tree_that_takes_little_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

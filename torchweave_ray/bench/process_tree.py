@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -81,10 +82,22 @@ def wait_until_calm(pid: int, tries: int = 15) -> bool:
     return False
 
 
-def unique_bytes(pid: int, proc: Path = _PROC) -> int:
-    """Memory that only this process maps (USS): what would be free if it ended."""
-    total = 0
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a process."""
+
+    uss: int
+    """Of pages that only this process maps: what would be free if it ended."""
+    pss: int
+    """Each page divided by the processes that map it."""
+    rss: int
+    """Of all pages."""
+
+
+def memory_of(pid: int, proc: Path = _PROC) -> Memory:
+    found = {"Private_": 0, "Pss:": 0, "Rss:": 0}
     for line in (proc / str(pid) / "smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_"):
-            total += int(line.split()[1])
-    return total * 1024
+        for name in found:
+            if line.startswith(name):
+                found[name] += int(line.split()[1]) * 1024
+    return Memory(*found.values())

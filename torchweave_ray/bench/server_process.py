@@ -39,6 +39,16 @@ class RunningServer:
     pid: int
     ready_s: float
     """From the start of the process to the first 200 of READY_PATH."""
+    log: Path | None = None
+
+    def says(self, text: str, within_s: float) -> str:
+        """What it has said, when that holds `text` or the time is over."""
+        deadline = time.perf_counter() + within_s
+        while True:
+            said = self.log.read_text(errors="replace") if self.log else ""
+            if text in said or not self.log or time.perf_counter() > deadline:
+                return said
+            time.sleep(POLL_S)
 
 
 @contextmanager
@@ -69,7 +79,7 @@ def started_server(
             )
         try:
             _wait_until_ready(url, process, log, started + within_s)
-            yield RunningServer(url, process.pid, time.perf_counter() - started)
+            yield RunningServer(url, process.pid, time.perf_counter() - started, log)
         finally:
             _stop(process)
 

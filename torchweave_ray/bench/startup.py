@@ -7,6 +7,7 @@ application and with two replicas. Nothing is dropped from the page cache before
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from torchweave_ray.bench.process_tree import ProcessTree, unique_bytes
-from torchweave_ray.bench.server_process import started_server
+from torchweave_ray.bench.process_tree import ProcessTree, memory_of
+from torchweave_ray.bench.server_process import RunningServer, started_server
 from torchweave_ray.bench.serving import (
     BenchmarkError,
     ServingConfig,
@@ -33,6 +34,7 @@ APPS = ("empty", "model")
 KV_MEMORY = 32 << 20
 """Of a replica that is weighed: its memory beyond the KV cache is between USS - this and USS."""
 NUM_REPLICAS = 2
+PARTS_WITHIN_S = 10.0
 
 Line = dict[str, Any]
 
@@ -59,17 +61,19 @@ def first_token(artifact: Path, options: Mapping[str, Any], run: int) -> Line:
 
 
 def ready(model: str, profile: str, app: str, run: int) -> Line:
-    """Seconds from the start of `torchweave serve` to its first 200 of /readyz."""
+    """Seconds from the start of `torchweave serve` to its first 200 of /readyz, and by its own log
+    those of its parts and of the model's."""
     with tempfile.TemporaryDirectory() as folder:
         empty = _written(Path(folder), _application("deployments.bench.empty_app:app", {}))
         chosen = serve_options(model) if app == "model" else (str(empty),)
         with started_server((*chosen, "--no-dashboard", *PROFILES[profile])) as server:
             line = {"measure": "ready", "profile": profile, "app": app, "run": run}
-            return {**line, "seconds": round(server.ready_s, 3)}
+            return {**line, "seconds": round(server.ready_s, 3), "parts": _parts(server)}
 
 
 def replica_memory(model: str) -> Line:
-    """Unique memory (USS) of two replicas on this node after a little work."""
+    """Memory of two replicas on this node after a little work: their own (USS), their share of what
+    they have in common (PSS), and all that they map (RSS)."""
     key = serve_options(model)[0].removeprefix("--")
     replicas = {
         key: model,
@@ -83,11 +87,14 @@ def replica_memory(model: str) -> Line:
         with started_server((str(file), "--no-dashboard")) as server:
             run_in_loop(_little_work(server.url))
             pids = ProcessTree([server.pid]).named("ServeReplica", "ModelReplica")
-            weights = [unique_bytes(pid) for pid in pids]
-    if len(weights) != NUM_REPLICAS:
-        raise BenchmarkError(f"{len(weights)} replicas found, {NUM_REPLICAS} were asked for")
-    mib = [round(num_bytes / 2**20, 1) for num_bytes in weights]
-    return {"measure": "memory", "uss_mib": mib, "kv_memory_mib": KV_MEMORY / 2**20}
+            weighed = [memory_of(pid) for pid in pids]
+    if len(weighed) != NUM_REPLICAS:
+        raise BenchmarkError(f"{len(weighed)} replicas found, {NUM_REPLICAS} were asked for")
+    mib = {
+        f"{kind}_mib": [round(getattr(each, kind) / 2**20, 1) for each in weighed]
+        for kind in ("uss", "pss", "rss")
+    }
+    return {"measure": "memory", **mib, "kv_memory_mib": KV_MEMORY / 2**20}
 
 
 def serve_options(model: str) -> tuple[str, ...]:
@@ -110,6 +117,13 @@ async def _little_work(url: str) -> None:
     target = await openai_target(url, "completions", None)
     config = ServingConfig(concurrency=(4,), requests=16, output_len=16, seed=time.time_ns())
     await run_benchmark([target], config, lambda point: None)
+
+
+def _parts(server: RunningServer) -> dict[str, float]:
+    """Of the lines that `torchweave serve` writes when it is ready."""
+    said = server.says("[Serve] ready:", PARTS_WITHIN_S)
+    lines = re.findall(r"(?:start-up [\d.]+ s|seconds): ([\w, .]+)", said)
+    return {name: float(s) for line in lines for name, s in re.findall(r"(\w+) ([\d.]+)", line)}
 
 
 def _application(import_path: str, args: Mapping[str, Any]) -> dict[str, Any]:
