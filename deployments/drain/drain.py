@@ -71,6 +71,14 @@ def close_haproxy() -> None:
     path = os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH")
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1" or not path:
         return
+    # Serve puts a folder of the node's id between; there is one node.
+    folder, name = os.path.split(path)
+    found = [*Path(folder).glob(f"*/{name}"), Path(path)]
+    _shut_frontend(str(found[0]))
+    time.sleep(GOODBYE_S)
+
+
+def _shut_frontend(path: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX) as admin:
             admin.settimeout(2.0)
@@ -82,16 +90,18 @@ def close_haproxy() -> None:
         return
     if answer:
         logger.warning("[Drain] HAProxy: %s", answer.decode(errors="replace"))
-    time.sleep(GOODBYE_S)
 
 
 def end_haproxy() -> None:
-    """Of a Ray that is gone, its HAProxy goes too. It is known by its file, this run's own."""
+    """Of a Ray that is gone, its HAProxy goes too. It is known by its file, this run's own, or in
+    a folder of the node's id beside that."""
     path = os.environ.get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", "")
+    folder, name = os.path.split(os.fsencode(path))
     for process in Path("/proc").glob("[0-9]*") if path else ():
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if path.encode() in words and Path(os.fsdecode(words[0])).name.startswith("haproxy"):
+            ours = any(w.startswith(folder + b"/") and w.endswith(b"/" + name) for w in words)
+            if ours and Path(os.fsdecode(words[0])).name.startswith("haproxy"):
                 os.kill(int(process.name), signal.SIGKILL)
         except OSError:  # it has just ended
             continue

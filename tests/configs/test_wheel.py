@@ -86,6 +86,7 @@ def test_the_wheel_carries_kernels_recipes_and_pages(installed: Installed) -> No
     names = zipfile.ZipFile(installed.wheel).namelist()
     assert ("torchweave_ray/kernels/_cpu.so" in names) == _x86()
     assert "optimizer/recipes/smollm2-135m.yaml" in names
+    assert "torchweave_ray/models/artifact/manifest.schema.json" in names
     assert any(name.endswith(".html") for name in names)
     assert not any(name.startswith(("tests/", "scripts/", "configs/")) for name in names)
 

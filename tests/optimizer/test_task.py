@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -106,6 +108,22 @@ def test_a_task_whose_worker_dies_goes_on_in_another(tmp_path: Path, ray_node: A
     stages = {stage["name"]: stage for stage in read_report(staged)["stages"]}
     assert stages["convert"]["resumed"], "the second worker went on"
     verify_artifact(staged, full=True)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_command_stages_on_a_cluster(tmp_path: Path, source: Path, ray_node: Any) -> None:
+    address = ray_node.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "torchweave_ray.cli", "optimize", str(source)]
+    places = ["--store", str(tmp_path / "shared"), "--cache", str(tmp_path / "cache")]
+    ran = subprocess.run(
+        [*command, *places, "--ray", address], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    staged = Path(ran.stdout.strip())
+    assert staged.parent == tmp_path / "cache"
+    verify_artifact(tmp_path / "shared" / staged.name, full=True)
+    assert "[Optimizer] pack ..." in ran.stderr
 
 
 @pytest.mark.ray

@@ -83,6 +83,7 @@ def test_haproxy_profile_and_drain(tmp_path: Path, artifact: Path) -> None:
         assert stream.finish_reason == "length"
         assert server.process.wait(60) == 0
         assert "[Serve] stopped" in server.log.read_text()
+        assert "[Drain] HAProxy" not in server.log.read_text(), "it was told to close"
         for pid in (ingress, replica):
             wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
         with pytest.raises(ConnectionRefusedError):
