@@ -159,9 +159,21 @@ class EchoRunner:
             self.last_sampled.pop(seq_id, None)
         return StepResult(token_ids, (), prompt_logprobs, pooled, failed)
 
+    def _check_window(self, row: _Row) -> None:
+        """The KV that a model with a window would read is still this sequence's own."""
+        if self.limits.kept_positions is None:
+            return
+        start = row.entry.start
+        for position in range(max(1, start - self.limits.kept_positions + 1), start):
+            token_id = row.entry.token_ids[position]
+            if token_id != IN_FLIGHT:
+                expected = chain(self.kv[self._slot(row, position - 1)], token_id)
+                assert self.kv[self._slot(row, position)] == expected
+
     def _compute(self, row: _Row) -> list[int]:
         """Write this row's KV, each from the one read back before it."""
         entry = row.entry
+        self._check_window(row)
         kvs = []
         for position, token_id in enumerate(row.tokens, entry.start):
             if token_id == IN_FLIGHT:

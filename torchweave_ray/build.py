@@ -24,6 +24,7 @@ from torchweave_ray.config import EngineConfig, SchedulerConfig, StepCost
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
 from torchweave_ray.errors import ArtifactError
+from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.kernels.machine import fingerprint
 from torchweave_ray.models.artifact import (
     WEIGHTS,
@@ -217,11 +218,23 @@ def _build_runner(
     )
     shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, kv_dtype)
     limits = RuntimeLimits(
-        size.num_blocks, block_size, size.max_model_len, spec.vocab_size, model.eos_token_ids
+        size.num_blocks,
+        block_size,
+        size.max_model_len,
+        spec.vocab_size,
+        model.eos_token_ids,
+        kept_positions=_kept_positions(model),
     )
     sampler = NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample
     kv_cache = KVCache(shape, size.num_blocks, device)
     return ModelRunner(executor, kv_cache, limits, device, sampler)
+
+
+def _kept_positions(model: ModelConfig) -> int | None:
+    """Only where all layers slide: the others need all positions, and share the blocks."""
+    if model.sliding_window is None or not model.sees_window_only:
+        return None
+    return model.sliding_window + TILE
 
 
 def _run_first_step(runner: ModelRunner) -> None:

@@ -57,7 +57,13 @@ class Workload:
         num_blocks = rng.randint(6, 40)
         max_model_len = rng.randint(2, min(60, num_blocks * block_size))
         self.limits = RuntimeLimits(
-            num_blocks, block_size, max_model_len, VOCAB, (EOS,), step_depth=rng.randint(0, 1)
+            num_blocks,
+            block_size,
+            max_model_len,
+            VOCAB,
+            (EOS,),
+            step_depth=rng.randint(0, 1),
+            kept_positions=random.Random(seed).choice([None, None, 1, 5, 16]),
         )
         max_num_seqs = rng.randint(1, 6)
         with_cost = rng.random() < 0.3

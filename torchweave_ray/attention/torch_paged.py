@@ -34,8 +34,9 @@ class _Group:
     blocks: Tensor
     """[S * num_kv_heads * L / block_size] rows of the cache seen as [.., block_size * head_dim]."""
     tail: tuple[Tensor, Tensor]
-    """(sequence, position) pairs behind a sequence's end. Whatever other sequences left in there,
-    NaN even, must not count, and a masked weight of 0 is not enough for that: 0 * NaN is NaN."""
+    """(sequence, position) pairs that no query sees: behind a sequence's end, before its window.
+    Whatever other sequences left in there, NaN even, must not count, and a masked weight of 0 is
+    not enough for that: 0 * NaN is NaN."""
     bias: Tensor
     """[S, 1, group_size * n, L]: 0 where a query sees a position, -inf elsewhere."""
 
@@ -109,7 +110,7 @@ def _attend(queries: Tensor, kv: LayerKV, group: _Group, shape: AttentionShape) 
 def _gather(
     cache: Tensor, scales: Tensor | None, group: _Group, num_kv_heads: int, dtype: torch.dtype
 ) -> Tensor:
-    """A group's cached keys or values: [S, num_kv_heads, L, head_dim], zero behind the ends."""
+    """A group's cached keys or values: [S, num_kv_heads, L, head_dim]; unseen ones are 0."""
     block_size, dim = cache.shape[2:]
     found = cache.view(-1, block_size * dim).index_select(0, group.blocks)
     if scales is not None:
@@ -168,7 +169,10 @@ def _make_group(
 
     lengths = inputs.seq_lens.index_select(0, member_ids).long()[:, None]
     positions = torch.arange(num_blocks * block_size, device=device)
-    seq_index, tail_positions = (positions >= lengths).nonzero(as_tuple=True)
+    unseen = positions >= lengths
+    if shape.sliding_window is not None:  # blocks in there may be others' by now
+        unseen |= positions <= lengths - n - shape.sliding_window
+    seq_index, tail_positions = unseen.nonzero(as_tuple=True)
     query_positions = (lengths - n + torch.arange(n, device=device))[:, :, None]
     hidden = positions > query_positions  # [S, n, L]
     if shape.sliding_window is not None:

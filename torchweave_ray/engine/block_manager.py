@@ -9,19 +9,20 @@ from collections import Counter, deque
 from collections.abc import Iterable
 
 from torchweave_ray.block_hash import BlockHash, next_hash
+from torchweave_ray.config import CacheConfig
 from torchweave_ray.engine.block_pool import BlockPool
+from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.engine.sequence import Sequence
 from torchweave_ray.outputs import OutputKind
 
 
 class BlockManager:
-    def __init__(
-        self, num_blocks: int, block_size: int, enable_prefix_caching: bool, watermark: float
-    ) -> None:
-        self.block_size = block_size
-        self._enable_prefix_caching = enable_prefix_caching
-        self._watermark_blocks = int(num_blocks * watermark)
-        self._pool = BlockPool(num_blocks)
+    def __init__(self, limits: RuntimeLimits, cache: CacheConfig) -> None:
+        self.block_size = limits.block_size
+        self._kept_positions = limits.kept_positions
+        self._enable_prefix_caching = cache.enable_prefix_caching
+        self._watermark_blocks = int(limits.num_blocks * cache.watermark)
+        self._pool = BlockPool(limits.num_blocks)
         self._fenced: deque[tuple[int, list[int]]] = deque()
 
     @property
@@ -53,7 +54,8 @@ class BlockManager:
         if request.exclusive or request.output_kind is OutputKind.POOLED or is_unknown:
             return [], None
         source, end = seq.fork_source, seq.num_prompt_tokens - 1
-        if source is not None and source.num_submitted_tokens >= end:
+        is_whole = source is not None and source.num_dropped_blocks == 0
+        if source is not None and is_whole and source.num_submitted_tokens >= end:
             full, rest = divmod(end, self.block_size)
             return source.block_table[:full], source.block_table[full] if rest else None
         return self._match_prefix(seq), None
@@ -115,9 +117,16 @@ class BlockManager:
         return True
 
     def commit(self, seq: Sequence, old_end: int, new_end: int) -> None:
-        """Positions old_end..new_end are computed: publish the blocks that became full."""
-        if not self._enable_prefix_caching or seq.state.request.exclusive:
-            return
+        """Positions old_end..new_end are computed: publish the blocks that became full, and let go
+        of those that fell out of the window: steps in flight begin at new_end."""
+        if self._enable_prefix_caching and not seq.state.request.exclusive:
+            self._publish(seq, old_end, new_end)
+        if self._kept_positions is not None:
+            num_dropped = max(0, new_end - self._kept_positions) // self.block_size
+            self._release(seq.block_table[seq.num_dropped_blocks : num_dropped])
+            seq.num_dropped_blocks = max(num_dropped, seq.num_dropped_blocks)
+
+    def _publish(self, seq: Sequence, old_end: int, new_end: int) -> None:
         for index in range(old_end // self.block_size, new_end // self.block_size):
             self._pool.commit(seq.block_table[index], self._block_hash(seq, index))
 
@@ -126,9 +135,9 @@ class BlockManager:
 
         `fence`: number of a step in flight that still writes here; None: there is none.
         """
-        blocks = seq.block_table[::-1]
+        blocks = seq.block_table[seq.num_dropped_blocks :][::-1]
         seq.block_table = []  # a new list: plans in flight keep the old one
-        seq.num_computed_tokens = seq.num_submitted_tokens = 0
+        seq.num_computed_tokens = seq.num_submitted_tokens = seq.num_dropped_blocks = 0
         if fence is None:
             self._release(blocks)
         elif blocks:
@@ -140,7 +149,9 @@ class BlockManager:
             self._release(self._fenced.popleft()[1])
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        holders = Counter(block for seq in sequences for block in seq.block_table)
+        holders = Counter(
+            block for seq in sequences for block in seq.block_table[seq.num_dropped_blocks :]
+        )
         holders.update(block for _, blocks in self._fenced for block in blocks)
         self._pool.check_integrity(holders)
 

@@ -106,6 +106,8 @@ class RuntimeLimits:
     eos_token_ids: tuple[int, ...]
     step_depth: int = 0
     """Steps that may be in flight beside the one being scheduled: 0 or 1."""
+    kept_positions: int | None = None
+    """Positions before a sequence's last so many are never read again; None: all may be."""
 
 
 class PendingStep(Protocol):

@@ -44,9 +44,7 @@ class Scheduler:
         """`clock` gives seconds."""
         self.config = config
         """May be replaced between steps: limits that change in place."""
-        self.blocks = BlockManager(
-            limits.num_blocks, limits.block_size, cache.enable_prefix_caching, cache.watermark
-        )
+        self.blocks = BlockManager(limits, cache)
         self.num_steps = 0
         """Steps scheduled so far; the last one's number."""
         self.num_preemptions = self.num_hit_tokens = 0

@@ -91,6 +91,7 @@ class Sequence:
         "last_step",
         "max_total_tokens",
         "num_computed_tokens",
+        "num_dropped_blocks",
         "num_prompt_tokens",
         "num_shared_tokens",
         "num_submitted_tokens",
@@ -125,6 +126,8 @@ class Sequence:
         self.num_shared_tokens = 0
         """Of a waiting one: what `BlockManager.shared_prefix` had for it when last asked."""
         self.block_table: list[int] = []
+        self.num_dropped_blocks = 0
+        """The first ones of the table: out of the window and others' by now, never read again."""
         self.block_hashes: list[BlockHash] = []
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""
         self.root_hash = root_hash(request.artifact_id, request.tenant, request.cache_salt)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 SUB = 16
 """Positions that lie together; block_size is a multiple."""
+TILE = 64
+"""A query's window is read from a whole tile of positions on; what lies before it, is not."""
 
 
 def pack_keys(rows: Tensor) -> Tensor:
