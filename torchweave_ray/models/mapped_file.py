@@ -62,7 +62,9 @@ def map_shared(memory: NDArray[np.uint8]) -> Tensor:
     Kernels want tensors on cache lines; a buffer that is not is copied.
     """
     if memory.ctypes.data % _CACHE_LINE:
-        return torch.from_numpy(memory.copy())
+        copied = torch.empty(memory.nbytes, dtype=torch.uint8)  # torch allocates on cache lines
+        copied.numpy()[:] = memory
+        return copied
     first = -(-memory.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     num_bytes = (memory.ctypes.data + memory.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     libc = ctypes.CDLL(None, use_errno=True)
