@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchweave_ray.errors import ArtifactError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def needing(folder: Path, num_bytes: int, stage: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(folder).free
         said = _explain(folder, num_bytes, free, stage)

@@ -43,6 +43,8 @@ class FsspecFiles:
         found = []
         for entry in self._fs.ls(self._root, detail=True):
             path = str(entry["name"])
+            if entry.get("islink"):  # of drivers that read this machine's own files
+                raise ArtifactError(f"{path} is a link: put the file there itself")
             if entry["type"] == "file" and path.startswith(prefix):
                 found.append(path.removeprefix(prefix))
         return sorted(found)

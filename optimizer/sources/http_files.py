@@ -65,7 +65,10 @@ class HttpFiles:
                 raise ArtifactError(f"{self.public(file.name)} changed while it was fetched")
             if (int(found[1]), int(found[2])) != (start, end - 1):
                 raise requests.ConnectionError("another range than was asked for")
-            return response.content
+            data = response.content
+        if len(data) != end - start:
+            raise requests.ConnectionError(f"{len(data)} bytes of {end - start} came")
+        return data
 
     def stream(self, file: RemoteFile) -> Iterator[bytes]:
         with self._get(file.name, {}, (200,)) as response:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from optimizer.disk_space import FULL
 from torchweave_ray.errors import TorchWeaveError
 
 MAX_TRIES = 6
@@ -57,6 +58,8 @@ def is_transient(error: Exception) -> bool:
     status = status_of(error)
     if status is not None:
         return status in _TRANSIENT
+    if isinstance(error, OSError) and error.errno in FULL:
+        return False  # of this disk
     return not isinstance(error, _PERMANENT) and type(error).__name__ not in _PERMANENT_NAMES
 
 

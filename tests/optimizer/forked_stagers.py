@@ -35,6 +35,8 @@ import optimizer.stages.verify  # noqa: F401 - loaded here once, not in every ch
 from optimizer.measuring import step_cost
 from optimizer.pipeline import optimize
 from optimizer.progress import SilentProgress
+from optimizer.sources.partial_file import PartialFile
+from optimizer.tensor_file import TensorWriter
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import verify_artifact
 
@@ -160,6 +162,7 @@ def shared(source: Path, root: Path, seed: int) -> None:
 
 if __name__ == "__main__":
     step_cost.BATCH_S = 0.0
+    PartialFile.chunk_size, TensorWriter.sync_bytes = 20_000, 30_000  # a tiny model has several
     mode, source, store = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     numbers = [int(number) for number in sys.argv[4:]]
     if mode == "crash":

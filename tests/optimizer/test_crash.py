@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from optimizer.pipeline import optimize
+from tests.optimizer.sources.test_adapters import make_adapter
+from tests.optimizer.sources.web_server import WebServer
 from tests.tiny import make_checkpoint
 
 STAGES = ["fetch", "convert", "fuse", "quantize", "pack", "verify", "tune", "seal", "publish"]
@@ -34,8 +36,8 @@ def source(tmp_path: Path) -> Path:
     return recipe
 
 
-def _check_crashes(source: Path, tmp_path: Path, first: int, step: int) -> None:
-    expected = optimize(source, tmp_path / "whole").name
+def _check_crashes(source: Path, tmp_path: Path, first: int, step: int, expected: str = "") -> None:
+    expected = expected or optimize(source, tmp_path / "whole").name
     cases = _run("crash", source, tmp_path, first, step)
     assert len(cases) > 10
     assert [case["first"] for case in cases[:-1]] == [{"killed": True}] * (len(cases) - 1)
@@ -50,6 +52,27 @@ def _check_crashes(source: Path, tmp_path: Path, first: int, step: int) -> None:
 
 def test_killed_anywhere_then_resumed(tmp_path: Path, source: Path) -> None:
     _check_crashes(source, tmp_path, first=1, step=15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["web", "local"])
+def test_killed_while_it_is_fetched_and_merged(tmp_path: Path, source: Path, kind: str) -> None:
+    """A model and an adapter behind URLs, in chunks: as from a folder, wherever it was killed."""
+    make_adapter(tmp_path / "lora")
+    with WebServer(tmp_path / "tiny") as model, WebServer(tmp_path / "lora") as adapter:
+        urls = [f"{model.url}/tiny", f"{adapter.url}/lora"]
+        if kind == "local":
+            urls = [f"local://{tmp_path}/{name}" for name in ("tiny", "lora")]
+        source.write_text(
+            f"source: {urls[0]}\ndtype: bfloat16\nverify: none\nadapters: [{urls[1]}]\n"
+        )
+        direct = tmp_path / "direct" / source.name
+        direct.parent.mkdir()
+        direct.write_text(
+            f"source: {tmp_path}/tiny\ndtype: bfloat16\nverify: none\nadapters: [{tmp_path}/lora]\n"
+        )
+        expected = optimize(direct, tmp_path / "stores").name
+        _check_crashes(source, tmp_path, first=2, step=7, expected=expected)
 
 
 @pytest.mark.slow
