@@ -19,7 +19,7 @@ from tests.overload.server import connect, read_response, request_bytes, reset
 from tests.serve.cluster import wait_until
 from tests.serve.test_launch import Server
 from tests.tiny import make_tiny_artifact
-from torchweave_ray.bench.process_tree import ProcessTree, unique_bytes
+from torchweave_ray.bench.process_tree import ProcessTree, memory_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -53,7 +53,7 @@ class Served:
     def memory(self) -> dict[str, int]:
         haproxies = [pid for pid in self.tree.named("haproxy") if "ray::" not in _title(pid)]
         return {
-            f"{name} {pid}": unique_bytes(pid)
+            f"{name} {pid}": memory_of(pid).uss
             for name, pids in (
                 ("ingress", [self.ingress]),
                 ("replica", [self.replica]),
