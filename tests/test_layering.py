@@ -43,12 +43,14 @@ CONTRACTS = "errors outputs sampling_params stream_origin"
 DEPLOYMENTS_MAY = _ours(
     f"{CONTRACTS} build config api batch metrics tokenizer block_hash engine.async_engine"
 ) | {TW + "kernels.machine", "optimizer.task"}
+OPTIMIZER_MAY = _ours("models hf kernels attention errors")
 RULES = {
     TW + "engine": _rule(f"{CONTRACTS} config block_hash tokenizer", "torch transformers"),
     TW + "runner": _rule(
         f"{CONTRACTS} engine.plan models attention kernels config", "transformers asyncio"
     ),
     TW + "models": _rule("attention.base kernels errors", "transformers asyncio"),
+    TW + "hf": _rule("models attention kernels errors", "asyncio"),
     TW + "attention": _rule("kernels errors", "transformers asyncio"),
     TW + "kernels": _rule("attention.base errors", "transformers asyncio"),
     TW + "api": _rule(f"{CONTRACTS} metrics tokenizer block_hash", "torch"),
@@ -57,8 +59,10 @@ RULES = {
     "torchweave_ray": _rule(None, ""),
     "deployments": Rule(DEPLOYMENTS_MAY, frozenset({"torch"})),
     "deployments.bench": Rule(DEPLOYMENTS_MAY | _ours("bench.transport"), frozenset({"torch"})),
-    "optimizer": Rule(_ours("models kernels attention errors"), frozenset({"ray", "deployments"})),
-    "optimizer.task": Rule(_ours("models kernels attention errors"), frozenset({"deployments"})),
+    "optimizer": Rule(
+        _ours("models hf kernels attention errors"), frozenset({"ray", "deployments"})
+    ),
+    "optimizer.task": Rule(OPTIMIZER_MAY, frozenset({"deployments"})),
 }
 """The longest matching name decides. Leaf modules of torchweave_ray follow its own row."""
 

@@ -24,6 +24,7 @@ from torchweave_ray.config import EngineConfig, SchedulerConfig, StepCost
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
 from torchweave_ray.errors import ArtifactError
+from torchweave_ray.hf.opening import open_executor
 from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.kernels.machine import fingerprint
 from torchweave_ray.models.artifact import (
@@ -35,12 +36,11 @@ from torchweave_ray.models.artifact import (
     verify_artifact,
 )
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.executors import Placement, executor_name, open_executor
+from torchweave_ray.models.executors import Placement, executor_name
 from torchweave_ray.models.mapped_file import map_shared
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
-from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.device import (
     free_memory,
@@ -127,7 +127,7 @@ def _info(
     name: str,
     manifest: Manifest,
     model: ModelConfig,
-    executor: NativeExecutor | TorchExecutor,
+    executor: Executor,
     runner: ModelRunner,
     config: EngineConfig,
     placement: Placement,
@@ -200,7 +200,7 @@ def _tuned_cost(
 
 
 def _build_runner(
-    executor: NativeExecutor | TorchExecutor,
+    executor: Executor,
     spec: DecoderSpec,
     model: ModelConfig,
     config: EngineConfig,

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from torchweave_ray.attention.base import LayerKV, StepInputs
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
+from torchweave_ray.hf.opening import open_executor
 from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.models.artifact import Manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.executors import Placement, executor_name, open_executor
+from torchweave_ray.models.executors import Placement, executor_name
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
 

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from optimizer.checkpoints import Checkpoint
+from optimizer.checkpoints.checkpoint import json_document
 from optimizer.checkpoints.lora import MergedCheckpoint
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
@@ -19,7 +20,7 @@ from optimizer.stages.fetch import open_fetched
 from optimizer.tensor_file import DTYPES, TensorWriter
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import CONFIG, TOKENIZER, WEIGHTS, Manifest
-from torchweave_ray.models.config import ModelConfig
+from torchweave_ray.models.config import FOREIGN_KEY, SUPPORTED_ARCHITECTURES, ModelConfig
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.tensors import StoredTensor, check_source_names, fused_tensors
 
@@ -38,6 +39,7 @@ class ConvertStage:
         """Fills `architecture`, `dtype` and the rest of the canonical `recipe`."""
         checkpoint = open_fetched(work)
         documents = checkpoint.documents()
+        documents[CONFIG] = self._with_what_is_foreign(documents[CONFIG], checkpoint)
         config = ModelConfig.from_hf(_parse(documents[CONFIG]))
         if config.num_layers > len(checkpoint.tensors):
             raise ArtifactError(
@@ -70,6 +72,23 @@ class ConvertStage:
             dtype=dtype,
             recipe=manifest.recipe | canonical,
         )
+
+    def _with_what_is_foreign(self, document: bytes, checkpoint: Checkpoint) -> bytes:
+        """config.json; of a model that only transformers' own code can run, with what a replica
+        must know of it. Raises ArtifactError for one that it cannot run either."""
+        values = _parse(document)
+        names = values.get("architectures")
+        if not isinstance(names, list) or set(names) & set(SUPPORTED_ARCHITECTURES):
+            return document
+        if self.recipe.quantization.is_any:
+            raise ArtifactError(
+                f"{CONFIG}: architectures = {names!r} cannot be quantised; these can: "
+                f"{', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+        from torchweave_ray.hf.gate import find_out  # loads transformers
+
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        return json_document({**values, FOREIGN_KEY: find_out(values, shapes)})
 
     def _dtype(self, checkpoint: Checkpoint, names: list[str]) -> str:
         """float32 only if it is asked for, or every matrix of the source is; float16, quantised

@@ -21,11 +21,11 @@ from optimizer.stages.fetch import open_fetched
 from optimizer.store import write_atomically
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.errors import ArtifactError
+from torchweave_ray.hf.opening import executor_of
 from torchweave_ray.models.artifact import TOKENIZER, Manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.tensors import fuse, fused_tensors
-from torchweave_ray.models.torch_executor import TorchExecutor
 
 RESULT = "quality.json"
 _DIGITS = 6
@@ -73,9 +73,8 @@ class VerifyStage:
             parts = [checkpoint.load(name).float() for name in tensor.sources]
             tensors[tensor.name] = fuse(tensor, parts)
             self.progress.advance(tensors[tensor.name].nbytes)
-        spec = build_spec(config)
-        executor = TorchExecutor(spec, tensors, TorchPagedAttention())
-        return MeasuredModel(executor, executor.name, spec, torch.float32)
+        executor = executor_of(config, tensors, TorchPagedAttention())
+        return MeasuredModel(executor, executor.name, build_spec(config), torch.float32)
 
 
 def missed_bars(quality: Quality, bars: Bars) -> list[str]:

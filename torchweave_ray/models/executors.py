@@ -24,6 +24,7 @@ from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.emitter import CannotLower
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.spec import Executor
 from torchweave_ray.models.tensors import LAYOUT
 from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.weights import load_weights, map_packed
@@ -83,6 +84,6 @@ def open_executor(
     return TorchExecutor(spec, plain, attention)
 
 
-def executor_name(executor: NativeExecutor | TorchExecutor) -> str:
+def executor_name(executor: Executor) -> str:
     """For people and fingerprints: "torch", "native avx512"."""
     return f"native {executor.isa}" if isinstance(executor, NativeExecutor) else executor.name

@@ -153,6 +153,8 @@ def _formats(tensors: Sequence[FusedTensor], quantization: Mapping[str, str]) ->
 
 
 def _all_tensors(config: ModelConfig) -> list[FusedTensor]:
+    if config.foreign is not None:
+        return [FusedTensor(name, (name,), (shape,)) for name, shape in config.foreign.tensors]
     hidden, vocab = config.hidden_size, config.vocab_size
     embed = FusedTensor(EMBED, ("model.embed_tokens.weight",), ((vocab, hidden),))
     if config.tie_word_embeddings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchweave_ray.models.config.families import ExpertsConfig
+from torchweave_ray.models.config.foreign import KEY as FOREIGN_KEY
 from torchweave_ray.models.config.model import (
     ACTIVATIONS,
     SUPPORTED_ARCHITECTURES,
@@ -14,6 +15,7 @@ from torchweave_ray.models.config.rope import RopeConfig
 
 __all__ = [
     "ACTIVATIONS",
+    "FOREIGN_KEY",
     "SUPPORTED_ARCHITECTURES",
     "ExpertsConfig",
     "ModelConfig",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import CONFIG, GENERATION_CONFIG
 from torchweave_ray.models.config.families import FAMILIES, ExpertsConfig, Family
+from torchweave_ray.models.config.foreign import KEY, ForeignConfig, read_foreign
 from torchweave_ray.models.config.keys import flag, integer, positive, refused
 from torchweave_ray.models.config.rope import RopeConfig, read_rope
 
@@ -98,11 +99,15 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     is_stored_fused: bool = False
     """A checkpoint has qkv_proj and gate_up_proj as we do."""
+    foreign: ForeignConfig | None = None
+    """transformers computes it; of what stands here only the shape counts."""
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Raises ArtifactError naming the key that is missing, wrong or not supported."""
+        if KEY in config:
+            return _foreign(config)
         architecture = _architecture(config)
         family = FAMILIES[architecture]
         config = {**family.defaults, **config}
@@ -135,6 +140,18 @@ class ModelConfig:
     def sees_window_only(self) -> bool:
         """No layer looks behind its window: blocks that fell out of it are never read again."""
         return self.sliding_window is not None and all(self.sliding_layers)
+
+
+def _foreign(config: Mapping[str, Any]) -> ModelConfig:
+    (name,) = config["architectures"]
+    return ModelConfig(
+        architecture=name,
+        intermediate_size=0,
+        rms_norm_eps=0.0,
+        rope=RopeConfig(),
+        eos_token_ids=eos_token_ids(config),
+        **read_foreign(config),
+    )
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
