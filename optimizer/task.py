@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from torchweave_ray.models.artifact import (
     read_manifest,
     verify_artifact,
 )
+
+CONNECT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +93,11 @@ def stage_on_cluster(
 
     resolved = resolve_recipe(recipe)
     try:
+        host, colon, port = address.rpartition(":")
+        if colon and port.isdecimal():  # where nobody listens, Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         ray.init(address=address, log_to_driver=True)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {address!r}: {error}") from error
     try:
         return _run_task(resolved, store, cache, stage_task(resolved, task))

@@ -19,7 +19,7 @@ import pytest
 from optimizer.pipeline import optimize
 from optimizer.progress import LogProgress
 from optimizer.recipe import resolve_recipe
-from optimizer.task import ensure_staged, stage_artifact
+from optimizer.task import StagingTask, ensure_staged, stage_artifact, stage_on_cluster
 from tests.tiny import make_checkpoint, make_tiny_artifact
 from torchweave_ray.errors import ArtifactError, ConfigError
 from torchweave_ray.models.artifact import read_report, verify_artifact
@@ -108,6 +108,11 @@ def test_a_task_whose_worker_dies_goes_on_in_another(tmp_path: Path, ray_node: A
     stages = {stage["name"]: stage for stage in read_report(staged)["stages"]}
     assert stages["convert"]["resumed"], "the second worker went on"
     verify_artifact(staged, full=True)
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(source: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
+        stage_on_cluster(str(source), None, None, "127.0.0.1:1", StagingTask())
 
 
 @pytest.mark.slow
