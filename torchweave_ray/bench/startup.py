@@ -71,7 +71,7 @@ def ready(model: str, profile: str, app: str, run: int) -> Line:
             return {**line, "seconds": round(server.ready_s, 3), "parts": _parts(server)}
 
 
-def replica_memory(model: str) -> Line:
+def replica_memory(model: str, staging: str = "files") -> Line:
     """Memory of two replicas on this node after a little work: their own (USS), their share of what
     they have in common (PSS), and all that they map (RSS)."""
     key = serve_options(model)[0].removeprefix("--")
@@ -81,7 +81,8 @@ def replica_memory(model: str) -> Line:
         "num_replicas": NUM_REPLICAS,
         "engine": {"cache": {"kv_memory": KV_MEMORY}},
     }
-    application = _application("deployments.app:build", {"models": [replicas]})
+    args = {"models": [replicas], "staging": staging}
+    application = _application("deployments.app:build", args)
     with tempfile.TemporaryDirectory() as folder:
         file = _written(Path(folder), application)
         with started_server((str(file), "--no-dashboard")) as server:
@@ -94,7 +95,7 @@ def replica_memory(model: str) -> Line:
         f"{kind}_mib": [round(getattr(each, kind) / 2**20, 1) for each in weighed]
         for kind in ("uss", "pss", "rss")
     }
-    return {"measure": "memory", **mib, "kv_memory_mib": KV_MEMORY / 2**20}
+    return {"measure": "memory", "staging": staging, **mib, "kv_memory_mib": KV_MEMORY / 2**20}
 
 
 def serve_options(model: str) -> tuple[str, ...]:

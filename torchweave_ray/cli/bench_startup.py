@@ -27,6 +27,9 @@ def startup(
     ] = ",".join(MEASURES),
     runs: Annotated[int, typer.Option(help="Times; the median counts.", min=1)] = 3,
     ready_runs: Annotated[int, typer.Option(help="Times that a server starts.", min=1)] = 1,
+    staging: Annotated[
+        str, typer.Option(help="Of the replicas that are weighed: files or object_store.")
+    ] = "files",
     save_it: Save = False,
     results: Results = RESULTS,
 ) -> None:
@@ -58,7 +61,7 @@ def startup(
     if "ready" in chosen:
         _ready(served, ready_runs, report)
     if "memory" in chosen:
-        report(bench.replica_memory(served))
+        report(bench.replica_memory(served, staging))
     for name, seconds in bench.medians(lines).items():
         print(f"{name}: {seconds:.2f} s", file=sys.stderr)
     if save_it:
