@@ -22,7 +22,7 @@ from optimizer.store import Store, sync_path, write_atomically
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import FORMAT_VERSION, REPORT, Manifest, write_report
 
-STAGES_VERSION = 2
+STAGES_VERSION = 3
 """Raise when a stage gives other bytes for the same source: what is staged is then staged anew."""
 
 
@@ -152,7 +152,7 @@ def _stage(recipe: Recipe, store: Store, work: Path, progress: Progress) -> Path
         QuantizeStage(recipe, counting),
         PackStage(recipe, counting),
         VerifyStage(recipe, counting),
-        TuneStage(counting),
+        TuneStage(recipe, counting),
         SealStage(counting),
     ]
     manifest, reports = run_stages(stages, work, draft, counting)
@@ -209,6 +209,7 @@ def _report(recipe: Recipe, reports: Sequence[StageReport], work: Path) -> dict[
         "stages": [dataclasses.asdict(report) for report in reports],
         "quantization": json.loads((work / "quantize" / "quantization.json").read_text()),
         "quality": json.loads((work / "verify" / "quality.json").read_text()),
+        "speed": json.loads((work / "verify" / "speed.json").read_text()),
         "tuning": json.loads((work / "tune" / "tuning.json").read_text()),
     }
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 from torchweave_ray.errors import ConfigError, nearest
 
 GroupFormat = Literal["none", "int8", "int8-group32", "int4-group32"]
+KVFormat = Literal["none", "int8"]
+Method = Literal["rtn", "gptq"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,29 +24,37 @@ class Quantization:
     """The products of the layers."""
     head: GroupFormat = "none"
     """The head's product; a tied embedding is the same table."""
+    kv: KVFormat = "none"
+    """Of the KV cache, unless a replica's `runner.kv_dtype` says otherwise."""
+    method: Method = "rtn"
+    """rtn: each weight to the nearest; gptq: what rounding loses is taken out of the weights that
+    follow, by the activations of a bundled text."""
     skip: tuple[str, ...] = ()
     """Tensors of the artifact to leave in bfloat16: names, or patterns such as `layers.0.*`."""
 
     def __post_init__(self) -> None:
-        for group in ("layers", "head"):
-            value = getattr(self, group)
-            if value not in get_args(GroupFormat):
-                named = ", ".join(get_args(GroupFormat))
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                named = ", ".join(get_args(kind))
                 raise ConfigError(
-                    f"recipe.quantization.{group} {value!r} is not supported; known: {named}"
+                    f"recipe.quantization.{name} {value!r} is not supported; known: {named}"
                 )
         if not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigError(f"recipe.quantization.skip must be names, got {list(self.skip)!r}")
         if self.skip and not self.is_any:
             raise ConfigError("recipe.quantization.skip has nothing to be left out of")
+        if self.method != "rtn" and not self.is_any:
+            raise ConfigError(f"recipe.quantization.method {self.method!r} has nothing to round")
 
     @property
     def is_any(self) -> bool:
+        """Of weights; a quantised KV cache leaves them as they are."""
         return (self.layers, self.head) != ("none", "none")
 
     def canonical(self) -> Any:
         """Plain JSON for the artifact's id."""
-        return dataclasses.asdict(self) if self.is_any else "none"
+        return "none" if self == Quantization() else dataclasses.asdict(self)
 
     def formats(self, products: Mapping[str, str]) -> dict[str, str]:
         """What a manifest says: the format of each group, and "none" for each skipped tensor.
@@ -66,6 +76,12 @@ class Quantization:
         return said
 
 
+_KINDS: Mapping[str, Any] = {
+    "layers": GroupFormat,
+    "head": GroupFormat,
+    "kv": KVFormat,
+    "method": Method,
+}
 NONE = Quantization()
 INT8 = Quantization(layers="int8", head="int8-group32")
 INT4 = Quantization(layers="int4-group32", head="int8-group32")
@@ -79,7 +95,7 @@ def parse_quantization(value: Any) -> Quantization:
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"recipe.quantization {value!r} is not supported; known: {', '.join(NAMED)}, or a "
-            "mapping with layers, head and skip"
+            "mapping with layers, head, kv, method and skip"
         )
     known = [item.name for item in dataclasses.fields(Quantization)]
     for key in value:

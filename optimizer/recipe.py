@@ -28,6 +28,7 @@ from optimizer.sources import (
     parse_random_source,
     parse_source,
 )
+from optimizer.target import THIS_MACHINE, check_target
 from torchweave_ray.errors import ConfigError, nearest
 from torchweave_ray.models.artifact import MANIFEST
 
@@ -38,6 +39,7 @@ Verify = Literal["auto", "none"]
 DEFAULT_RECIPE = "smollm2-135m"
 _EMBEDDED = Path(__file__).parent / "recipes"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_LONGEST_TUNING_S = 3600
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -50,10 +52,14 @@ class Bars:
     min_top1: float = 0.93
     """Share of positions with the same most likely token."""
     max_perplexity_ratio: float = 1.02
+    min_speedup: float | None = None
+    """Times the tokens a second, one sequence at a time, of the unoptimised source. None: any."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if value is None and item.default is None:
+                continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"recipe.bars.{item.name} must be a number, got {value!r}")
 
@@ -81,6 +87,11 @@ class Recipe:
     verify: Verify = "auto"
     """auto: compare with the source, which takes memory for it in float32; none: do not."""
     bars: Bars = field(default_factory=Bars)
+    target: str = THIS_MACHINE
+    """auto: this machine; or an instruction set (avx2, avx512, ...) or a GPU's architecture (such
+    as sm_90): where that is not this machine's, no speed is measured and no setting tuned."""
+    tuning_budget_s: float = 15.0
+    """Seconds that measuring settings may take, beyond one run of each; 0: tune nothing."""
     adapters: tuple[Adapter, ...] = ()
     """LoRA adapters to merge into the weights, in this order."""
     config: Mapping[str, Any] | None = None
@@ -105,6 +116,12 @@ class Recipe:
         _one_of("dtype", self.dtype, get_args(DType))
         _one_of("layout", self.layout, get_args(Layout))
         _one_of("verify", self.verify, get_args(Verify))
+        check_target(self.target)
+        if not 0 <= self.tuning_budget_s <= _LONGEST_TUNING_S:
+            raise ConfigError(
+                f"recipe.tuning_budget_s must be 0 to {_LONGEST_TUNING_S} seconds, got "
+                f"{self.tuning_budget_s}"
+            )
         if self.quantization.is_any and self.dtype == "float32":
             raise ConfigError("recipe.dtype 'float32' does not go with a quantization")
         if self.quantization.is_any and self.layout == "fused":
@@ -143,7 +160,8 @@ class Recipe:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-_KINDS: Mapping[str, tuple[type, str]] = {
+_KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
+    "tuning_budget_s": ((int, float), "a number of seconds"),
     "bars": (Bars, "a mapping"),
     "quantization": (Quantization, "a name or a mapping"),
     "config": (Mapping, "a mapping"),

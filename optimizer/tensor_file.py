@@ -101,6 +101,17 @@ class TensorWriter:
             if self._key is not None and self._written - self._noted >= self.sync_bytes:
                 self._write_note()
 
+    def read(self, index: int) -> Tensor:
+        """An entry that is on the disk already, of a run that is continued."""
+        assert index < self.num_done
+        entry = self._entries[index]
+        start = len(self._header) + sum(map(_size, self._entries[:index]))
+        self._file.flush()
+        with self._path.open("rb") as file:
+            file.seek(start)
+            data = bytearray(file.read(_size(entry)))
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+
     def _write_note(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -7,14 +7,16 @@ the optimizer fetched it (a GGUF file or a checkpoint's folder), computed in fp3
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from optimizer.checkpoints import open_checkpoint
 from optimizer.measuring.model import MeasuredModel, all_cores, open_staged
-from optimizer.measuring.quality import compare, text_windows
+from optimizer.measuring.quality import Quality, compare, text_windows, window_logits
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.bench.origin import save_results
 from torchweave_ray.models.artifact import TOKENIZER, verify_artifact
@@ -35,6 +37,13 @@ def source_in_fp32(source: Path, config: ModelConfig) -> MeasuredModel:
     return MeasuredModel(executor, executor.name, spec, torch.float32)
 
 
+def close_to(
+    reference: MeasuredModel, candidate: MeasuredModel, windows: Sequence[Tensor]
+) -> Quality:
+    logits = [window_logits(model, windows) for model in (reference, candidate)]
+    return compare(*logits, windows, candidate.executor_name)
+
+
 def main() -> None:
     source, artifact = map(Path, sys.argv[1:3])
     config = ModelConfig.from_hf(read_hf_config(artifact))
@@ -46,13 +55,13 @@ def main() -> None:
         points = [
             {"reference": of, "kv_dtype": kv, **asdict(quality), "ratio": quality.perplexity_ratio}
             for of, kv, quality in (
-                ("source fp32", "bfloat16", compare(fp32, model, windows)),
-                ("source fp32", "int8", compare(fp32, coded, windows)),
-                ("bfloat16 cache", "int8", compare(model, coded, windows)),
+                ("source fp32", "bfloat16", close_to(fp32, model, windows)),
+                ("source fp32", "int8", close_to(fp32, coded, windows)),
+                ("bfloat16 cache", "int8", close_to(model, coded, windows)),
                 (
                     "source fp32",
                     "torch int8",
-                    compare(fp32, replace(fp32, kv_dtype=torch.int8), windows),
+                    close_to(fp32, replace(fp32, kv_dtype=torch.int8), windows),
                 ),
             )
         ]

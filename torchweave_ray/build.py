@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
-from torchweave_ray.config import EngineConfig, SchedulerConfig, StepCost
+from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
 from torchweave_ray.errors import ArtifactError
@@ -32,7 +32,6 @@ from torchweave_ray.models.artifact import (
     Lease,
     Manifest,
     hold_artifact,
-    read_report,
     verify_artifact,
 )
 from torchweave_ray.models.config import ModelConfig, read_hf_config
@@ -57,6 +56,7 @@ from torchweave_ray.runner.sampler import sample
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Tokenizer
 from torchweave_ray.tokenizer.grammar import GrammarCompiler, make_vocabulary
+from torchweave_ray.tuning import TunedSettings, tuned_settings, tuned_threads
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class LoadedModel:
     manifest: Manifest
     tokenizer_dir: Path
     """For `load_tokenizer`."""
-    step_cost: StepCost | None
+    tuned: TunedSettings
     """Measured by the optimizer on a machine like this one."""
     startup_s: Mapping[str, float]
     """Seconds by stage, in their order: verify, weights, kv_cache, first_step."""
@@ -100,8 +100,8 @@ def load_model(
         spec = build_spec(model)
     device = resolve_device(config.runner.device)
     dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
-    kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, dtype)
-    threads = set_num_threads(config.runner.threads)
+    kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, dtype)
+    threads = set_num_threads(config.runner.threads or tuned_threads(artifact_dir))
     with stages.timed("weights"):
         placement = Placement(
             dtype, device, threads, config.runner.executor, config.cache.block_size
@@ -119,8 +119,8 @@ def load_model(
     name = model_id or artifact_dir.absolute().name
     info = _info(name, manifest, model, executor, runner, config, placement, kv_dtype)
     found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
-    cost = _tuned_cost(artifact_dir, found, config.scheduler)
-    return LoadedModel(runner, info, manifest, artifact_dir, cost, stages.seconds, lease)
+    tuned = tuned_settings(artifact_dir, found, config.scheduler)
+    return LoadedModel(runner, info, manifest, artifact_dir, tuned, stages.seconds, lease)
 
 
 def _info(
@@ -153,9 +153,7 @@ def _info(
 
 
 def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
-    scheduler = config.scheduler
-    if scheduler.step_cost is None:
-        scheduler = replace(scheduler, step_cost=loaded.step_cost)
+    scheduler = loaded.tuned.fill(config.scheduler)
     limits = loaded.runner.limits
     return Engine(
         loaded.runner,
@@ -167,36 +165,6 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
             lambda: make_vocabulary(tokenizer.to_json(), limits.vocab_size, limits.eos_token_ids)
         ),
     )
-
-
-def _tuned_cost(
-    directory: Path, found: Mapping[str, str | int], scheduler: SchedulerConfig
-) -> StepCost | None:
-    """The report's coefficients if they were measured on what is `found` here, with a warning if
-    elsewhere. None leaves steps their limit of tokens and takes from `max_step_ms` its effect, so
-    that it was not measured at all is worth a warning where that is set."""
-    level = logging.DEBUG if scheduler.max_step_ms is None else logging.WARNING
-    if scheduler.step_cost is not None:
-        return scheduler.step_cost
-    tuning = read_report(directory).get("tuning")
-    try:
-        if tuning is not None and tuning["fingerprint"] == dict(found):
-            return StepCost(**{key: float(tuning["step_cost"][key]) for key in "abc"})
-        if tuning is None:
-            why = "it was not tuned"
-        else:
-            why, level = f"it was tuned on {tuning['fingerprint']}", logging.WARNING
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"its report cannot be read ({error!r})"
-    logger.log(
-        level,
-        "[Scheduler] no step costs for %s on %s: %s; max_step_ms has no effect, steps are limited "
-        "by max_num_batched_tokens",
-        directory.name,
-        dict(found) or "this device",
-        why,
-    )
-    return None
 
 
 def _build_runner(

@@ -59,8 +59,9 @@ class CacheConfig:
 class SchedulerConfig:
     max_num_seqs: int = 32
     """Most sequences in one step."""
-    max_num_batched_tokens: int = 512
-    """Most tokens in one step: what is left after one a decode goes to prompts."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step: what is left after one a decode goes to prompts. None: the
+    artifact's, if measured on a machine like this, else 512, and `max_num_seqs` at least."""
     max_step_ms: float | None = None
     """Budget of a step in predicted milliseconds; None: from what a lone decode costs, so that a
     prompt makes running streams at most some four times slower. Needs `step_cost`."""
@@ -75,14 +76,20 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
-        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("ageing_tokens_per_step", self.ageing_tokens_per_step, 1)
         _at_least("max_waiting_tokens", self.max_waiting_tokens, 1)
         _at_least("schedule_tick_ms", self.schedule_tick_ms, 0)
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError("max_num_batched_tokens must be at least max_num_seqs")
+        if self.max_num_batched_tokens is not None:
+            _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+            if self.max_num_batched_tokens < self.max_num_seqs:
+                raise ConfigError("max_num_batched_tokens must be at least max_num_seqs")
         if self.max_step_ms is not None and self.max_step_ms <= 0:
             raise ConfigError(f"max_step_ms must be above 0, got {self.max_step_ms}")
+
+    @property
+    def step_tokens(self) -> int:
+        """`max_num_batched_tokens` as it holds."""
+        return self.max_num_batched_tokens or max(512, self.max_num_seqs)
 
 
 TUNABLE_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_step_ms", "max_waiting_tokens")
@@ -94,12 +101,14 @@ class RunnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the artifact's."""
-    kv_dtype: Literal["auto", "int8"] = "auto"
-    """auto: what the model computes in; int8: codes with a scale for each head and position."""
+    kv_dtype: Literal["auto", "model", "int8"] = "auto"
+    """auto: what the artifact's recipe asked for, model unless it did; model: what the model
+    computes in; int8: codes with a scale for each head and position."""
     executor: Literal["auto", "torch", "native"] = "auto"
     """native: our own CPU kernels, bfloat16 on x86; auto: native where it can run, else torch."""
     threads: int | None = None
-    """CPU threads of the model; None: all cores of this process."""
+    """CPU threads of the model; None: as many as the artifact was found to be fastest with on a
+    machine like this, else all cores of this process."""
 
     def __post_init__(self) -> None:
         if self.threads is not None:

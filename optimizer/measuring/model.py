@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torchweave_ray.models.executors import Placement, executor_name
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
 
-_BLOCK = 16
+BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,30 @@ class MeasuredModel:
 
     def cache(self, num_tokens: int, num_seqs: int = 1) -> list[LayerKV]:
         """Room for so many tokens a sequence."""
-        spec = self.spec
-        shape = (num_seqs * _blocks(num_tokens), spec.num_kv_heads, _BLOCK, spec.head_dim)
-        parts: list[tuple[tuple[int, ...], torch.dtype]]
-        parts = [(shape, self.kv_dtype or self.dtype)] * 2
-        if self.kv_dtype == torch.int8:
-            parts += [(shape[:-1], torch.float32)] * 2
-        return [
-            LayerKV(*(torch.zeros(dims, dtype=dtype) for dims, dtype in parts))
-            for _ in range(spec.num_layers)
-        ]
+        dtype = self.kv_dtype or self.dtype
+        layers = range(self.spec.num_layers)
+        return [layer_cache(self.spec, num_tokens, num_seqs, dtype) for _ in layers]
 
 
-def open_staged(folder: Path, manifest: Manifest, threads: int) -> MeasuredModel:
-    """As a replica on this machine's CPU would serve it."""
+def layer_cache(spec: DecoderSpec, num_tokens: int, num_seqs: int, dtype: torch.dtype) -> LayerKV:
+    """Of one layer: room for so many tokens a sequence."""
+    shape = (num_seqs * num_blocks(num_tokens), spec.num_kv_heads, BLOCK, spec.head_dim)
+    parts: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, dtype)] * 2
+    if dtype == torch.int8:
+        parts += [(shape[:-1], torch.float32)] * 2
+    return LayerKV(*(torch.zeros(dims, dtype=kind) for dims, kind in parts))
+
+
+def open_staged(
+    folder: Path, manifest: Manifest, threads: int, executor: Literal["auto", "torch"] = "auto"
+) -> MeasuredModel:
+    """As a replica on this machine's CPU would serve it; torch: as it would without kernels."""
     config = ModelConfig.from_hf(read_hf_config(folder))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[manifest.dtype]
-    placement = Placement(dtype, torch.device("cpu"), threads)
-    executor = open_executor(folder, config, manifest, placement, TorchPagedAttention())
-    return MeasuredModel(executor, executor_name(executor), build_spec(config), dtype)
+    placement = Placement(dtype, torch.device("cpu"), threads, executor)
+    opened = open_executor(folder, config, manifest, placement, TorchPagedAttention())
+    kv_dtype = torch.int8 if manifest.kv_dtype == "int8" else None
+    return MeasuredModel(opened, executor_name(opened), build_spec(config), dtype, kv_dtype)
 
 
 @contextmanager
@@ -79,11 +85,11 @@ def make_inputs(
     `token_ids` [T] of all of them; `num_tokens` as the cache was made with. `every_row`: logits of
     all tokens, else of each sequence's last one.
     """
-    width = _blocks(num_tokens)
+    width = num_blocks(num_tokens)
     tables = torch.arange(len(chunks) * width, dtype=torch.int32).view(len(chunks), width)
     positions = torch.cat([torch.arange(start, start + n) for start, n in chunks])
     lengths = torch.tensor([n for _, n in chunks])
-    first_slots = (torch.arange(len(chunks)) * width * _BLOCK).repeat_interleave(lengths)
+    first_slots = (torch.arange(len(chunks)) * width * BLOCK).repeat_interleave(lengths)
     ends = list(accumulate(n for _, n in chunks))
     rows = range(ends[-1]) if every_row else [end - 1 for end in ends]
     return StepInputs(
@@ -99,5 +105,6 @@ def make_inputs(
     )
 
 
-def _blocks(num_tokens: int) -> int:
-    return -(-num_tokens // _BLOCK)
+def num_blocks(num_tokens: int) -> int:
+    """Of a cache that holds so many tokens of a sequence."""
+    return -(-num_tokens // BLOCK)

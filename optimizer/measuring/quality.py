@@ -1,12 +1,13 @@
 """How close an executor's predictions are to a reference's, on a text of our own.
 
-`prose.txt` was written for this project: plain English of several kinds.
+`prose.txt`, and `calibration.txt` that weights are rounded by, were written for this project: plain
+English of several kinds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from optimizer.measuring.model import MeasuredModel, make_inputs
 
 WINDOW = 256
 MAX_TOKENS = 1024
+MAX_CALIBRATION_TOKENS = 4096
 _TEXT = Path(__file__).with_name("prose.txt")
+_CALIBRATION = Path(__file__).with_name("calibration.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +43,47 @@ class Quality:
 
 
 def text_windows(tokenizer: Path, max_length: int) -> list[Tensor]:
-    """Token ids of the bundled text, in pieces of at most `WINDOW` and at least two."""
-    ids = Tokenizer.from_file(str(tokenizer)).encode(_TEXT.read_text()).ids[:MAX_TOKENS]
+    """Token ids of the text that models are judged by, in pieces of at most `WINDOW` and at least
+    two."""
+    return _windows(_TEXT, tokenizer, max_length, MAX_TOKENS)
+
+
+def calibration_windows(tokenizer: Path, max_length: int) -> list[Tensor]:
+    """Of another text, which shares no sentence with the one that models are judged by."""
+    return _windows(_CALIBRATION, tokenizer, max_length, MAX_CALIBRATION_TOKENS)
+
+
+def _windows(text: Path, tokenizer: Path, max_length: int, max_tokens: int) -> list[Tensor]:
+    ids = Tokenizer.from_file(str(tokenizer)).encode(text.read_text()).ids[:max_tokens]
     length = min(WINDOW, max_length)
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
     return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
 
 
 @torch.inference_mode()
+def window_logits(model: MeasuredModel, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+    """[T, vocab_size] of each window, which is one sequence from its first position on."""
+    longest = max(window.shape[0] for window in windows)
+    cache = model.cache(longest)
+    for ids in windows:
+        inputs = make_inputs([(0, ids.shape[0])], ids, longest, every_row=True)
+        yield model.executor.forward(inputs, cache)
+
+
+@torch.inference_mode()
 def compare(
-    reference: MeasuredModel, candidate: MeasuredModel, windows: Sequence[Tensor]
+    reference: Iterable[Tensor],
+    candidate: Iterable[Tensor],
+    windows: Sequence[Tensor],
+    executor: str,
 ) -> Quality:
-    """Each window is one sequence from its first position on."""
+    """Of the logits of each window by two models, the second of them run by `executor`."""
     divergences: list[Tensor] = []
     losses: list[tuple[Tensor, Tensor]] = []
     num_agreeing = 0
-    longest = max(window.shape[0] for window in windows)
-    caches = [model.cache(longest) for model in (reference, candidate)]
-    for ids in windows:
-        inputs = make_inputs([(0, ids.shape[0])], ids, longest, every_row=True)
-        logits = reference.executor.forward(inputs, caches[0])[:-1]
-        expected = logits.log_softmax(dim=-1)
-        inputs = make_inputs([(0, ids.shape[0])], ids, longest, every_row=True)
-        actual = candidate.executor.forward(inputs, caches[1])[:-1].log_softmax(dim=-1)
+    for ids, wanted, given in zip(windows, reference, candidate, strict=True):
+        expected = wanted[:-1].log_softmax(dim=-1)
+        actual = given[:-1].log_softmax(dim=-1)
         divergences.append((expected.exp() * (expected - actual)).sum(dim=-1))
         num_agreeing += int((expected.argmax(dim=-1) == actual.argmax(dim=-1)).sum())
         following = ids[1:, None]
@@ -71,7 +92,7 @@ def compare(
     means = [torch.cat(parts).double().mean().item() for parts in zip(*losses, strict=True)]
     return Quality(
         num_tokens=kl.shape[0],
-        executor=candidate.executor_name,
+        executor=executor,
         kl=kl.mean().item(),
         max_kl=kl.max().item(),
         top1=num_agreeing / kl.shape[0],

@@ -15,23 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimizer.measuring.model import MeasuredModel, make_inputs
+from optimizer.measuring.model import BLOCK, MeasuredModel, make_inputs, num_blocks
+from torchweave_ray.attention.base import LayerKV
 
 Batch = tuple[tuple[int, int], ...]
-_CONTEXT = 512
-_BATCHES: tuple[Batch, ...] = (
-    ((64, 1),),
-    ((64, 1),) * 4,
-    ((64, 1),) * 8,
-    ((480, 1),) * 8,
-    ((0, 32),),
-    ((0, 128),),
-    ((384, 128),),
-    ((0, 512),),
-)
-_MIN_REPEATS, _MAX_REPEATS = 3, 50
-BATCH_S = 0.3
-"""A batch is run again until this time is spent."""
+DECODES: tuple[Batch, ...] = tuple(((64, 1),) * n for n in (1, 2, 4, 8, 16, 32))
+CHUNKS: tuple[Batch, ...] = tuple(((0, n),) for n in (32, 64, 128, 256, 512))
+BATCHES: tuple[Batch, ...] = (*DECODES, *CHUNKS, ((480, 1),) * 8, ((384, 128),))
+_MIN_REPEATS = 3
+MAX_REPEATS = 50
+_BATCH_S = 0.3
+"""A batch is run again until this time is spent, or all are out of time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +34,10 @@ class MeasuredStep:
     token_context: float
     ms: float
     """Least of the runs: what others do on the machine meanwhile does not count."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return round(1e3 * self.num_tokens / self.ms, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +52,53 @@ class StepCost:
         return self.a + self.b * step.num_tokens + self.c * step.token_context
 
 
-@torch.inference_mode()
-def measure_steps(model: MeasuredModel, max_length: int) -> list[MeasuredStep]:
-    longest = min(_CONTEXT, max_length)
-    batches = [b for b in _BATCHES if max(start + n for start, n in b) <= longest]
-    kv = model.cache(longest, num_seqs=max(len(batch) for batch in batches))
-    steps = []
-    for batch in batches:
-        num_tokens = sum(n for _, n in batch)
-        ids = torch.arange(num_tokens) % model.spec.vocab_size
-        took: list[float] = []
-        for _ in range(_MAX_REPEATS):
-            inputs = make_inputs(batch, ids, longest)
-            started = time.perf_counter()
-            model.executor.forward(inputs, kv)
-            took.append(time.perf_counter() - started)
-            if len(took) >= _MIN_REPEATS and sum(took) > BATCH_S:
-                break
-        context = sum(n * (start + n / 2) for start, n in batch)
-        steps.append(MeasuredStep(num_tokens, context, round(1e3 * min(took), 4)))
+def measure_steps(
+    model: MeasuredModel, max_length: int, deadline: float, batches: Sequence[Batch] = BATCHES
+) -> dict[Batch, MeasuredStep]:
+    """Of those batches that fit the model. `deadline`: as of time.monotonic(); one run each is made
+    whatever it says."""
+    (steps,) = measure_beside([model], max_length, deadline, batches)
     return steps
+
+
+@torch.inference_mode()
+def measure_beside(
+    models: Sequence[MeasuredModel], max_length: int, deadline: float, batches: Sequence[Batch]
+) -> list[dict[Batch, MeasuredStep]]:
+    """One after another in turns, so that what else the machine does meets all alike."""
+    fitting = [b for b in batches if max(start + n for start, n in b) <= max_length]
+    blocks = max(len(batch) * num_blocks(_longest(batch)) for batch in fitting)
+    caches = [model.cache(blocks * BLOCK) for model in models]
+    took: dict[tuple[int, Batch], list[float]] = {}
+    for repeat in range(MAX_REPEATS):
+        for batch in fitting:
+            for index, (model, kv) in enumerate(zip(models, caches, strict=True)):
+                times = took.setdefault((index, batch), [])
+                if repeat and time.monotonic() > deadline:
+                    break
+                if len(times) < _MIN_REPEATS or sum(times) < _BATCH_S:
+                    times.append(_run(model, batch, kv))
+    return [
+        {batch: _measured(batch, min(took[index, batch])) for batch in fitting}
+        for index in range(len(models))
+    ]
+
+
+def _run(model: MeasuredModel, batch: Batch, kv: Sequence[LayerKV]) -> float:
+    ids = torch.arange(sum(n for _, n in batch)) % model.spec.vocab_size
+    inputs = make_inputs(batch, ids, _longest(batch))
+    started = time.perf_counter()
+    model.executor.forward(inputs, kv)
+    return time.perf_counter() - started
+
+
+def _measured(batch: Batch, seconds: float) -> MeasuredStep:
+    context = sum(n * (start + n / 2) for start, n in batch)
+    return MeasuredStep(sum(n for _, n in batch), context, round(1e3 * seconds, 4))
+
+
+def _longest(batch: Batch) -> int:
+    return max(start + n for start, n in batch)
 
 
 def fit_step_cost(steps: Sequence[MeasuredStep]) -> StepCost:

@@ -61,7 +61,7 @@ class ConvertStage:
         ]
         itemsize = DTYPES[dtype].itemsize
         self.progress.expect(itemsize * sum(_count(entry.shape) for entry in entries))
-        key = json.dumps([manifest.source_sha256, manifest.recipe])
+        key = json.dumps([manifest.source_sha256, manifest.recipe], sort_keys=True)
         with TensorWriter(folder / WEIGHTS, entries, self.progress.advance, key) as writer:
             for name in names[writer.num_done :]:
                 writer.write(checkpoint.load(name))

@@ -36,7 +36,7 @@ class FuseStage:
         dtype = DTYPES[manifest.dtype]
         entries = [StoredTensor(tensor.name, tensor.shape, dtype) for tensor in fused]
         self.progress.expect((source / WEIGHTS).stat().st_size)
-        key = json.dumps([manifest.source_sha256, manifest.recipe])
+        key = json.dumps([manifest.source_sha256, manifest.recipe], sort_keys=True)
         with TensorWriter(folder / WEIGHTS, entries, self.progress.advance, key) as writer:
             for tensor in fused[writer.num_done :]:
                 # Opened for each: pages of a mapping stay in memory as long as it is there.

@@ -18,6 +18,7 @@ from torch import Tensor
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.store import link_file, sync_path
+from optimizer.target import is_gpu
 from optimizer.tensor_file import DTYPES, write_tensors
 from torchweave_ray.models.artifact import WEIGHTS, Manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
@@ -39,7 +40,13 @@ class PackStage:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"asked": self.recipe.layout, "layouts": [PACKED, QUANTIZED]}
+        return {"asked": self._asked, "layouts": [PACKED, QUANTIZED]}
+
+    @property
+    def _asked(self) -> str:
+        """GPUs read plain rows; quantised weights are packed for CPUs, and dequantised there."""
+        plain = is_gpu(self.recipe.target) and not self.recipe.quantization.is_any
+        return "fused" if plain else self.recipe.layout
 
     def run(self, work: Path, manifest: Manifest) -> Manifest:
         """Sets `layout` where the weights are bfloat16 and the recipe leaves it to us."""
@@ -50,7 +57,7 @@ class PackStage:
             link_file(path, folder / path.name)
         size = weights.stat().st_size
         self.progress.expect(size)
-        if self.recipe.layout == "fused" or manifest.dtype != "bfloat16":
+        if self._asked == "fused" or manifest.dtype != "bfloat16":
             link_file(weights, folder / WEIGHTS)
             self.progress.advance(size)
             return manifest

@@ -161,7 +161,7 @@ def shared(source: Path, root: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    step_cost.BATCH_S = 0.0
+    step_cost.MAX_REPEATS = 1
     PartialFile.chunk_size, TensorWriter.sync_bytes = 20_000, 30_000  # a tiny model has several
     mode, source, store = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     numbers = [int(number) for number in sys.argv[4:]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from optimizer.measuring.model import MeasuredModel, make_inputs
-from optimizer.measuring.quality import Quality, compare, text_windows
+from optimizer.measuring.quality import Quality, compare, text_windows, window_logits
 from optimizer.pipeline import optimize
 from optimizer.recipe import Bars, Recipe, load_recipe
 from optimizer.stages import pack
@@ -51,7 +51,7 @@ def test_numbers_are_those_of_their_definitions(tmp_path: Path) -> None:
     decoders = [PagedDecoder(artifact) for artifact in artifacts]
     models = [MeasuredModel(d.executor, "torch", d.spec, torch.float32) for d in decoders]
     windows = [torch.tensor([5, 9, 200, 31]), torch.tensor([7, 7])]
-    found = compare(models[0], models[1], windows)
+    found = compare(*(window_logits(m, windows) for m in models), windows, "torch")
     rows: list[list[torch.Tensor]] = [[], []]
     for ids in windows:
         for model, kept in zip(models, rows, strict=True):
@@ -94,11 +94,11 @@ def test_wrong_weights_are_caught(
     ("changes", "says"),
     [
         ({}, []),
-        ({"kl": 0.011}, ["the KL divergence is 0.01100, its bar 0.01"]),
-        ({"kl": float("nan")}, ["the KL divergence is nan, its bar 0.01"]),
-        ({"top1": 0.9}, ["top-1 agreement is 0.9000, its bar 0.93"]),
+        ({"kl": 0.011}, ["the KL divergence is 0.01100, its bar max_kl 0.01"]),
+        ({"kl": float("nan")}, ["the KL divergence is nan, its bar max_kl 0.01"]),
+        ({"top1": 0.9}, ["top-1 agreement is 0.9000, its bar min_top1 0.93"]),
         ({"perplexity": 21.0}, ["perplexity is 21.000 instead of 20.000, 1.0500 times as much, "
-                                "its bar 1.02"]),
+                                "its bar max_perplexity_ratio 1.02"]),
     ],
 )  # fmt: skip
 def test_bars(changes: dict[str, float], says: list[str]) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from optimizer.quantization import NAMED, NONE, GroupFormat, Quantization, parse_quantization
 from optimizer.recipe import DEFAULT_RECIPE, Recipe, load_recipe, resolve_recipe
+from optimizer.target import INSTRUCTION_SETS
 from torchweave_ray.errors import ConfigError
+from torchweave_ray.kernels.library import ISAS
 from torchweave_ray.kernels.quantization import QuantizedFormat
 
 GOOD = {"name": "m", "source": "org/name"}
@@ -94,6 +96,19 @@ def test_a_reference_that_means_nothing(reference: str, says: str) -> None:
             "expected random: and",
         ),
         ({"source": "random:0", "config": "[1]"}, "recipe.config must be a mapping"),
+        (
+            {"quantization": "{kv: int4}"},
+            "quantization.kv 'int4' is not.*none, int8",
+        ),
+        ({"quantization": "{layers: int8, method: awq}"}, "method 'awq' is not.*rtn, gptq"),
+        ({"quantization": "{kv: int8, method: gptq}"}, "method 'gptq' has nothing to round"),
+        ({"quantization": "{layers: int8, methd: gptq}"}, "unknown key 'methd'.*'method'"),
+        ({"target": "avx513"}, "target 'avx513' is not supported.*did you mean 'avx512'"),
+        ({"target": "h100"}, r"a GPU's architecture \(sm_90, gfx942\)"),
+        ({"tuning_budget_s": "long"}, "tuning_budget_s must be a number of seconds, got 'long'"),
+        ({"tuning_budget_s": -1}, "tuning_budget_s must be 0 to 3600 seconds, got -1"),
+        ({"tuning_budget": 3}, "unknown key 'tuning_budget'.*'tuning_budget_s'"),
+        ({"bars": "{min_speedup: fast}"}, "bars.min_speedup must be a number, got 'fast'"),
         ({"dtype": "float16"}, "dtype 'float16'.*'auto', 'float32', 'bfloat16'"),
         ({"dtype": None}, "recipe.dtype must be text"),
         ({"sha256": "abc"}, "sha256 must be 64"),
@@ -157,3 +172,9 @@ def test_an_artifact_is_not_staged_again(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match="ARTIFACT_MODEL_DIR"):
         resolve_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["auto", *ISAS, "sm_80", "sm_90a", "gfx942", "gfx90a"])
+def test_targets(target: str) -> None:
+    assert Recipe("m", "org/name", target=target).target == target
+    assert tuple(ISAS) == INSTRUCTION_SETS

@@ -144,7 +144,7 @@ class Admission:
     def _least_prefill_s(self, seq: Sequence) -> float:
         """Optimistic: alone, and with what a step in flight computes for another taken as done."""
         config = self._scheduler.config
-        in_flight = self._limits.step_depth * config.max_num_batched_tokens
+        in_flight = self._limits.step_depth * config.step_tokens
         start = seq.num_computed_tokens + seq.num_shared_tokens
         num_tokens = seq.num_missing_tokens - in_flight
         return PREDICTION_MARGIN * least_prefill_s(config, start, num_tokens)

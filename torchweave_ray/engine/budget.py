@@ -28,7 +28,7 @@ def prompt_tokens_per_s(config: SchedulerConfig, decode_lens: Iterable[int]) -> 
     budget = StepBudget(config, min_chunk=1)
     for start in decode_lens:
         budget.take_decode(start)
-    size = budget.chunk(0, config.max_num_batched_tokens)
+    size = budget.chunk(0, config.step_tokens)
     budget.take_chunk(0, size)
     return 1e3 * size / budget.ms
 
@@ -38,7 +38,7 @@ def least_prefill_s(config: SchedulerConfig, start: int, num_tokens: int) -> flo
     cost = config.step_cost
     if cost is None or num_tokens <= 0:
         return 0.0
-    num_steps = -(-num_tokens // config.max_num_batched_tokens)
+    num_steps = -(-num_tokens // config.step_tokens)
     return (num_steps * cost.a + work_ms(cost, start, num_tokens)) / 1e3
 
 
@@ -49,7 +49,7 @@ class StepBudget:
         self._max_ms = config.max_step_ms
         self._ms = self._decode_ms = self._cost.a if self._cost is not None else 0.0
         self._has_decodes = False
-        self._tokens_left = config.max_num_batched_tokens
+        self._tokens_left = config.step_tokens
         self._min_chunk = min_chunk
 
     @property

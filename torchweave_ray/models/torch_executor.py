@@ -40,7 +40,7 @@ class TorchExecutor:
         if surplus := sorted(set(tensors) - set(spec.tensors)):
             raise ArtifactError(f"tensor {surplus[0]} is used by no op ({len(surplus)} in all)")
         self._spec = spec
-        self._tensors = dict(tensors)
+        self._tensors = tensors
         self._attention = attention
         device = next(iter(tensors.values())).device
         ropes = {op.rope for op in spec.ops if isinstance(op, Attention) and op.rope is not None}
@@ -67,18 +67,23 @@ class TorchExecutor:
             step.run(op)
         return step.buffers[product.x].float()
 
-    def _decode(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> _Step:
-        """All ops but the head's; "hidden" then holds the picked rows only."""
-        step = _Step(self._tensors, self._attention, inputs, kv)
+    def begin(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> TorchStep:
+        """A step before its first op, for callers that run and watch the ops one by one."""
+        step = TorchStep(self._tensors, self._attention, inputs, kv)
         for rope, inv_freq in self._inv_freqs.items():
             step.rotations[rope] = _rotation(inv_freq, rope.attention_scaling, inputs.positions)
+        return step
+
+    def _decode(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> TorchStep:
+        """All ops but the head's; "hidden" then holds the picked rows only."""
+        step = self.begin(inputs, kv)
         for op in self._spec.ops:
             step.run(op)
         step.buffers["hidden"] = step.buffers["hidden"].index_select(0, inputs.logit_rows)
         return step
 
 
-class _Step:
+class TorchStep:
     """The buffers of one forward, and one method an op."""
 
     def __init__(

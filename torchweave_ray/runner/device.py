@@ -41,9 +41,12 @@ def resolve_dtype(choice: str, artifact_dtype: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def resolve_kv_dtype(choice: Literal["auto", "int8"], dtype: torch.dtype) -> torch.dtype:
-    """auto: what the model computes in."""
-    return torch.int8 if choice == "int8" else dtype
+def resolve_kv_dtype(
+    choice: Literal["auto", "model", "int8"], artifact_kv_dtype: str, dtype: torch.dtype
+) -> torch.dtype:
+    """auto: what the artifact's recipe asked for; model: what the model computes in."""
+    name = artifact_kv_dtype if choice == "auto" else choice
+    return torch.int8 if name == "int8" else dtype
 
 
 def set_num_threads(threads: int | None) -> int:

@@ -28,6 +28,7 @@ from torchweave_ray.models.artifact import Manifest
 from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.model_runner import ModelRunner
 from torchweave_ray.tokenizer import TOKENIZER_FILE
+from torchweave_ray.tuning import TunedSettings
 
 END = "<|end|>"
 MODEL = "echo"
@@ -105,7 +106,7 @@ def load_echo(step_s: float, folder: Path) -> LoadedModel:
     manifest = Manifest(MODEL, MODEL, "", "Echo", "none", "none", {})
     # Of a loaded model's runner the engine only needs what every Runner has.
     runner = cast(ModelRunner, EchoRunner(limits, step_s))
-    return LoadedModel(runner, info, manifest, folder, None, {})
+    return LoadedModel(runner, info, manifest, folder, TunedSettings(), {})
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

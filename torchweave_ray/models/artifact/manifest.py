@@ -55,6 +55,12 @@ class Manifest:
     """Format by tensor group; "none" by the name of a tensor that was left out; {} = none."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def kv_dtype(self) -> str:
+        """What the recipe asked for the KV cache: "int8", or "auto" for the model's own dtype."""
+        asked = self.recipe.get("quantization")
+        return "int8" if isinstance(asked, dict) and asked.get("kv") == "int8" else "auto"
+
     def to_json(self) -> str:
         return signed_json(asdict(self), _SELF)
 
