@@ -50,7 +50,7 @@ class ConvertStage:
         names = _checked_names(config, checkpoint)
         if isinstance(checkpoint, MergedCheckpoint):
             checkpoint.check_read(names)
-        _check_tokenizer(documents[TOKENIZER], config)
+        documents[TOKENIZER] = _fitting_tokenizer(documents[TOKENIZER], config)
         dtype = self._dtype(checkpoint, names)
         folder = work / self.name
         folder.mkdir(exist_ok=True)
@@ -118,16 +118,23 @@ def _checked_names(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
     return names
 
 
-def _check_tokenizer(document: bytes, config: ModelConfig) -> None:
+def _fitting_tokenizer(document: bytes, config: ModelConfig) -> bytes:
+    """Added tokens that the embedding has no row for are left out (Gemma 3's image token in its
+    text models). Raises ArtifactError where other tokens are without one."""
     try:
         tokenizer = Tokenizer.from_str(document.decode())
     except Exception as error:  # the Rust library raises plain Exception
         raise ArtifactError(f"{TOKENIZER} cannot be read: {error}") from error
-    highest = max(tokenizer.get_vocab().values(), default=0)
+    highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if highest >= config.vocab_size:
         raise ArtifactError(
             f"{TOKENIZER} has token id {highest}, the embedding only {config.vocab_size} rows"
         )
+    if max(tokenizer.get_vocab().values(), default=0) < config.vocab_size:
+        return document
+    values = _parse(document)
+    values["added_tokens"] = [t for t in values["added_tokens"] if t["id"] < config.vocab_size]
+    return json.dumps(values, ensure_ascii=False).encode()
 
 
 def _parse(document: bytes) -> dict[str, Any]:

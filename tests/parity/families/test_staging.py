@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from optimizer.pipeline import optimize
 from optimizer.quantization import INT4, INT8, NONE, Quantization
 from optimizer.recipe import Bars, Recipe
 from tests.families import FAMILIES
 from tests.optimizer.gguf_files import make_gguf
-from tests.tiny import make_checkpoint
+from tests.tiny import TINY_CONFIG, make_checkpoint
+from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.library import KernelsUnavailable, load_library
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.artifact import read_manifest
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.sampling_params import SamplingParams
 
 # Random weights lie nearer to each other than a model's: what is looked at is that all is in place.
@@ -48,3 +51,22 @@ def test_staged_and_served(
         texts = llm.generate([[5, 6, 7], list(range(3, 60))], greedy)
         again = [llm.generate([prompt], greedy)[0] for prompt in ([5, 6, 7], list(range(3, 60)))]
     assert [c.token_ids for c in texts] == [c.token_ids for c in again]
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", **FAMILIES["gemma3"])
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    assert tokenizer.token_to_id("<image_soft_token>") == 300
+    tokenizer.save(str(source / "tokenizer.json"))
+    artifact = optimize(Recipe("m", str(source), verify="none"), tmp_path / "store")
+    staged = Tokenizer.from_file(str(artifact / "tokenizer.json"))
+    assert staged.get_vocab_size() == 300
+    assert staged.encode("a star").ids == tokenizer.encode("a star").ids
+
+
+def test_phi3_may_name_the_code_that_transformers_took_over() -> None:
+    keys = {**TINY_CONFIG, **FAMILIES["phi3"], "auto_map": {"AutoConfig": "x.Y"}}
+    assert ModelConfig.from_hf(keys).sees_window_only
+    with pytest.raises(ArtifactError, match="auto_map"):
+        ModelConfig.from_hf({**keys, "architectures": ["MistralForCausalLM"]})

@@ -202,6 +202,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "Qwen3MoeForCausalLM": Family(_qwen3_moe, _WINDOW_KEYS, _QWEN3_MOE),
         "Gemma2ForCausalLM": Family(_gemma2, _GEMMA_KEYS, _GEMMA2),
         "Gemma3ForCausalLM": Family(_gemma3, _GEMMA_KEYS, _GEMMA3, 1e6, True),
-        "Phi3ForCausalLM": Family(_phi3, frozenset({"sliding_window", "partial_rotary_factor"})),
+        # Its checkpoints still name the code that transformers took over.
+        "Phi3ForCausalLM": Family(
+            _phi3, frozenset({"sliding_window", "partial_rotary_factor", "auto_map"})
+        ),
     }
 )
