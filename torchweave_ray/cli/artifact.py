@@ -242,7 +242,7 @@ def _print_artifact(values: dict[str, Any]) -> None:
     ]
     rows += [
         [f"{part} {key}", f"{value:.5g}" if isinstance(value, float) else str(value)]
-        for part in ("quality", "tuning")
+        for part in ("quality", "speed", "tuning")
         for key, value in _flat(report.get(part) or {})
         if key and not isinstance(value, list)
     ]
