@@ -76,3 +76,13 @@ def test_quantised_experts(tmp_path: Path, best: Library) -> None:
     errors = (actual - expected).square().mean(dim=1).sqrt() / expected.std()
     assert errors.median() < 0.08
     assert_same_bits_in_any_batch(tmp_path, best, formats, seeds=(1,))
+
+
+def test_experts_with_many_rows_give_the_same_bits(tmp_path: Path, best: Library) -> None:
+    """More rows an expert than a unit of work has: 500 x 3 over 6 experts."""
+    make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **FAMILIES["qwen3-moe"])
+    text = random_texts(500)[0]
+    whole = NativeDecoder(tmp_path, best, 2).step([(Text(text), len(text))])[0]
+    decoder, sequence = NativeDecoder(tmp_path, best, 1), Text(text)
+    parts = [decoder.step([(sequence, 100)])[0] for _ in range(5)]
+    assert torch.equal(torch.cat(parts), whole)

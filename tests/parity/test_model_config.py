@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.families import FAMILIES
 from tests.tiny import TINY_CONFIG
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.config import ModelConfig, RopeConfig, read_hf_config
@@ -138,3 +139,41 @@ def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
 def test_refused_by_name(overrides: dict[str, Any], key: str) -> None:
     with pytest.raises(ArtifactError, match=rf"config\.json: {key}"):
         _read(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "key"),
+    [
+        ("qwen2", {"max_window_layers": "all"}, "max_window_layers"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ("qwen2-window", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("qwen2-window", {"sliding_window": -1}, "sliding_window"),
+        ("qwen3-moe", {"num_experts_per_tok": 7}, "num_experts_per_tok"),
+        ("qwen3-moe", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3-moe", {"mlp_only_layers": 1}, "mlp_only_layers"),
+        ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}, "no_rope_layers"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 4}, "layer_types"),
+        ("gemma3", {"rope_parameters": "x", "rope_scaling": None}, "rope_parameters"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_scaling.long_factor"),
+        ("mistral", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+    ],
+)
+def test_families_refuse_by_name(name: str, overrides: dict[str, Any], key: str) -> None:
+    with pytest.raises(ArtifactError, match=rf"config\.json: {key}"):
+        _read(**{**FAMILIES[name], **overrides})
+
+
+def test_gemma_3_in_both_layouts_of_rope() -> None:
+    old = _read(**FAMILIES["gemma3"])
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    }
+    keys = dict.fromkeys(("rope_theta", "rope_scaling", "rope_local_base_freq"))
+    new = _read(**{**FAMILIES["gemma3"], **keys, "rope_parameters": nested})
+    assert (old.rope, old.local_rope) == (new.rope, new.local_rope)
+    assert old.rope.type == "linear"
+    assert old.local_rope == RopeConfig(1000.0)

@@ -81,6 +81,8 @@ def _mistral(config: Mapping[str, Any], num_layers: int) -> Flags:
 
 def _qwen2(config: Mapping[str, Any], num_layers: int) -> Flags:
     first = config.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise refused("max_window_layers", first, "must be a number of layers")
     default = tuple(layer >= first for layer in range(num_layers))
     return {"attention_bias": True, **_windows(config, num_layers, default)}
 
@@ -134,8 +136,8 @@ def _gemma2(config: Mapping[str, Any], num_layers: int) -> Flags:
 
 def _gemma3(config: Mapping[str, Any], num_layers: int) -> Flags:
     """Sliding layers have a rope of their own, which no scaling stretches."""
-    nested = config.get("rope_parameters") or {}
-    local = nested.get("sliding_attention")
+    nested = config.get("rope_parameters")
+    local = nested.get("sliding_attention") if isinstance(nested, Mapping) else None
     values = {"rope_theta": config["rope_local_base_freq"]} if local is None else {}
     max_positions = integer(config, "max_position_embeddings")
     rope = read_rope(
