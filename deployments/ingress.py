@@ -31,8 +31,9 @@ from torchweave_ray.api.endpoint import check_session_id
 from torchweave_ray.api.grammar import wanted_of
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.settings import ApiSettings
+from torchweave_ray.deadline import Deadline
 from torchweave_ray.errors import InvalidRequest, TorchWeaveError, nearest
-from torchweave_ray.outputs import Deadline, RequestOutput, merge_outputs
+from torchweave_ray.outputs import RequestOutput, merge_outputs
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Tokenizer
 

@@ -64,9 +64,9 @@ class _Row:
     """A scheduled sequence as it was at submit."""
 
     entry: ScheduledSequence
-    tokens: list[int]  # of positions start .. start + num_tokens
+    tokens: list[int]  # of positions start .. start + num_tokens, and drafts
     block_table: list[int]
-    allowed: Container[int]
+    allowed: list[Container[int]]  # at each draw
 
 
 @dataclass
@@ -93,13 +93,12 @@ class EchoRunner:
     queue: deque[EchoStep] = field(default_factory=deque)
 
     def submit(self, plan: StepPlan) -> PendingStep:
-        bitmask = plan.bitmask
         rows = [
             _Row(
                 e,
-                list(e.token_ids[e.start : e.start + e.num_tokens]),
+                [*e.token_ids[e.start : e.start + e.num_tokens], *e.draft_token_ids],
                 list(e.block_table),
-                range(VOCAB) if bitmask is None else allowed_tokens(bitmask[i]),
+                _allowed(plan, i),
             )
             for i, e in enumerate(plan.sequences)
         ]
@@ -139,12 +138,16 @@ class EchoRunner:
             sampled: list[int] = []
             if entry.output is StepOutput.SAMPLE:
                 banned, index = entry.banned_token_ids, entry.output_index
-                token_id = draw(kvs[-1], entry.seed, index, banned, row.allowed)
-                if token_id is None:
-                    failed[entry.seq_id] = "nothing allowed"
-                else:
-                    sampled = [token_id]
+                first = len(kvs) - 1 - len(entry.draft_token_ids)
+                for num, allowed in enumerate(row.allowed):
+                    token_id = draw(kvs[first + num], entry.seed, index + num, banned, allowed)
+                    if token_id is None:
+                        failed |= {} if sampled else {entry.seq_id: "nothing allowed"}
+                        break
+                    sampled.append(token_id)
                     self.last_sampled[entry.seq_id] = token_id
+                    if entry.draft_token_ids[num : num + 1] != (token_id,):
+                        break
             elif entry.output is StepOutput.PROMPT_LOGPROBS:
                 following = entry.token_ids[entry.start + 1 : entry.start + entry.num_tokens + 1]
                 prompt_logprobs[entry.seq_id] = [
@@ -186,6 +189,16 @@ class EchoRunner:
     def _slot(self, row: _Row, position: int) -> int:
         size = self.limits.block_size
         return row.block_table[position // size] * size + position % size
+
+
+def _allowed(plan: StepPlan, index: int) -> list[Container[int]]:
+    num_drafts = len(plan.sequences[index].draft_token_ids)
+    if plan.bitmask is None:
+        return [range(VOCAB)] * (1 + num_drafts)
+    first = plan.bitmask[index]
+    behind = plan.draft_bitmasks.get(index, [first] * num_drafts if (first == -1).all() else ())
+    assert len(behind) == num_drafts
+    return [allowed_tokens(words) for words in (first, *behind)]
 
 
 class LetterDecoder:

@@ -39,7 +39,7 @@ def _rule(may: str | None, never: str) -> Rule:
     return Rule(None if may is None else _ours(may), frozenset(never.split()) | UPPER)
 
 
-CONTRACTS = "errors outputs sampling_params stream_origin"
+CONTRACTS = "deadline errors outputs sampling_params stream_origin"
 DEPLOYMENTS_MAY = _ours(
     f"{CONTRACTS} build config api batch metrics tokenizer block_hash engine.async_engine"
 ) | {TW + "kernels.machine", "optimizer.task"}

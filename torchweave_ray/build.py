@@ -23,6 +23,8 @@ from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
+from torchweave_ray.engine.speculation.drafter import Drafter
+from torchweave_ray.engine.speculation.ngram import NgramProposer
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.hf.opening import open_executor
 from torchweave_ray.kernels.kv_layout import TILE
@@ -155,6 +157,9 @@ def _info(
 def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
     scheduler = loaded.tuned.fill(config.scheduler)
     limits = loaded.runner.limits
+    drafter = None
+    if config.speculation.method == "ngram":
+        drafter = Drafter(NgramProposer(config.speculation), config.speculation)
     return Engine(
         loaded.runner,
         tokenizer,
@@ -164,6 +169,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
         grammars=GrammarCompiler(
             lambda: make_vocabulary(tokenizer.to_json(), limits.vocab_size, limits.eos_token_ids)
         ),
+        drafter=drafter,
     )
 
 

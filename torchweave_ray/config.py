@@ -116,12 +116,32 @@ class RunnerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Guessing tokens and verifying them in the same step. It never changes a text."""
+
+    method: Literal["none", "ngram"] = "none"
+    """ngram: what followed the last tokens when they stood in this sequence before."""
+    max_draft_tokens: int = 8
+    """Most guesses a sequence and step; how many are made follows from how many were right and
+    from what a token costs beside the others of the step."""
+    min_ngram: int = 2
+    """Fewest last tokens that must have stood in the sequence before."""
+    max_ngram: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least("max_draft_tokens", self.max_draft_tokens, 1)
+        _at_least("min_ngram", self.min_ngram, 1)
+        _at_least("max_ngram", self.max_ngram, self.min_ngram)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     max_model_len: int | None = None
     """Longest prompt + output; None: the model's own, or what the KV cache can hold."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     stats_interval_s: float = 10.0
     """Seconds between [Scheduler] log lines while there is work."""
 

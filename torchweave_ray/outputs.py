@@ -7,8 +7,7 @@ Token ids only: nothing here tokenises, and nothing here knows Ray or torch.
 from __future__ import annotations
 
 import enum
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,30 +20,6 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-
-
-class Late(enum.StrEnum):
-    """`ChoiceDelta.error` of a request that ran out of time."""
-
-    PASSED = "the deadline passed"
-    HOPELESS = "the prompt cannot be computed before the deadline"
-
-
-class Deadline(float):
-    """A moment on this process's clock; pickled as the time left, as machines' clocks differ."""
-
-    __slots__ = ()
-
-    @classmethod
-    def after(cls, seconds: float) -> Deadline:
-        return cls(time.monotonic() + seconds)
-
-    @property
-    def seconds_left(self) -> float:
-        return self - time.monotonic()
-
-    def __reduce__(self) -> tuple[Callable[[float], Deadline], tuple[float]]:
-        return Deadline.after, (self.seconds_left,)
 
 
 class OutputKind(enum.StrEnum):
@@ -271,6 +246,9 @@ class Stats:
     """Tokens that steps took on, prompts and decodes, recomputed ones included."""
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Draft tokens that their draws gave, too."""
     num_finished: int = 0
     num_failed: int = 0
 

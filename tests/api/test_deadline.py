@@ -12,7 +12,8 @@ import pytest
 from tests.api.conftest import Api
 from tests.api.test_disconnect import Client
 from tests.fakes import Script
-from torchweave_ray.outputs import FinishReason, Late
+from torchweave_ray.deadline import Late
+from torchweave_ray.outputs import FinishReason
 
 USER = [{"role": "user", "content": "x"}]
 BODIES: dict[str, dict[str, Any]] = {

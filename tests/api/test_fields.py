@@ -12,7 +12,8 @@ from tests.fakes import Script
 from torchweave_ray.api.native.schema import GenerateBody
 from torchweave_ray.api.openai.schema import ChatBody, CompletionBody
 from torchweave_ray.api.schema import Body
-from torchweave_ray.outputs import Deadline, GenerateRequest, OutputKind
+from torchweave_ray.deadline import Deadline
+from torchweave_ray.outputs import GenerateRequest, OutputKind
 from torchweave_ray.sampling_params import SamplingParams
 
 GENERATE, COMPLETIONS, CHAT = "/v1/generate", "/v1/completions", "/v1/chat/completions"

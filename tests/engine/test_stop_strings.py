@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchweave_ray.engine.detokenizer import TextStream
+from torchweave_ray.engine.output.detokenizer import TextStream
 from torchweave_ray.sampling_params import SamplingParams
 
 LETTERS = st.text("abc", min_size=1, max_size=4)

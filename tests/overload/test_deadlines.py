@@ -11,10 +11,11 @@ from tests.echo import EOS, VOCAB, EchoRunner, LetterDetokenizer
 from tests.engine.test_async_engine import LIMITS, SlowRunner, check, running, until
 from tests.engine.test_scheduler import make_request, run
 from torchweave_ray.config import CacheConfig, SchedulerConfig, StepCost
+from torchweave_ray.deadline import Deadline, Late
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.errors import DeadlineExceeded
-from torchweave_ray.outputs import Deadline, FinishReason, GenerateRequest, Late, RequestOutput
+from torchweave_ray.outputs import FinishReason, GenerateRequest, RequestOutput
 
 COST = StepCost(a=2.0, b=1.0, c=0.0)
 """1,000 tokens take a second and a little."""
@@ -171,7 +172,7 @@ def test_between_machines_a_deadline_is_the_time_that_is_left(
     assert type(here.deadline) is Deadline
     assert here.deadline == pytest.approx(request.deadline, abs=1.0)
     now = 5_000_000.0
-    monkeypatch.setattr("torchweave_ray.outputs.time.monotonic", lambda: now)
+    monkeypatch.setattr("torchweave_ray.deadline.time.monotonic", lambda: now)
     there: GenerateRequest = pickle.loads(sent)
     assert there.deadline is not None
     assert there.deadline == pytest.approx(now + 60.0, abs=1.0)

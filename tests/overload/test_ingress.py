@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from tests.serve.test_resume import Fault, cut, die, request, run, serving, text_of
+from torchweave_ray.deadline import Deadline
 from torchweave_ray.errors import DeadlineExceeded
-from torchweave_ray.outputs import Deadline, RequestOutput, merge_outputs
+from torchweave_ray.outputs import RequestOutput, merge_outputs
 
 
 @pytest.mark.parametrize("at", [0, 3])

@@ -219,14 +219,16 @@ def test_drafts_never_change_what_is_drawn(sampling: SamplingParams) -> None:
         assert after.token_ids == [truth[2 + num_right : 3 + num_right]]
 
 
-def test_a_bitmask_binds_its_own_sequence_and_leaves_its_drafts_out() -> None:
+def test_a_bitmask_binds_its_own_sequence_at_each_draw() -> None:
     bitmask = np.full((2, 2), -1, dtype=np.int32)
     bitmask[1] = [1 << 13, 0]
+    behind = {1: np.array([[1 << 5, 0], [1 << 7, 0]], dtype=np.int32)}
     prompt = [3, 9, 27, 11]
     free = _sequence([1, 2], 0, 2, [4])
-    bound = _sequence(prompt, 0, 4, [1, 2], draft_token_ids=(13, 13))
-    result = _run(_runner(), free, bound, bitmask=bitmask)
-    assert result.token_ids == [[int(_logits([1, 2]).argmax())], [13]]
+    for drafts, drawn in ((13, 5), [13, 5, 7]), ((13, 6), [13, 5]), ((12, 5), [13]):
+        bound = _sequence(prompt, 0, 4, [1, 2], draft_token_ids=drafts)
+        result = _run(_runner(), free, bound, bitmask=bitmask, draft_bitmasks=behind)
+        assert result.token_ids == [[int(_logits([1, 2]).argmax())], drawn]
 
 
 @pytest.mark.parametrize("output", [StepOutput.SAMPLE, StepOutput.PROMPT_LOGPROBS])

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 
 from tests.echo import EOS, VOCAB, EchoRunner, Expected, LetterDetokenizer, expected
-from torchweave_ray.config import CacheConfig, SchedulerConfig, StepCost
+from torchweave_ray.config import CacheConfig, SchedulerConfig, SpeculationConfig, StepCost
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits
+from torchweave_ray.engine.speculation.drafter import Drafter, DraftState
+from torchweave_ray.engine.speculation.ngram import NgramProposer
 from torchweave_ray.outputs import FinishReason, GenerateRequest, OutputKind, RequestOutput
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer.grammar import GrammarCompiler
@@ -43,6 +46,34 @@ class Received:
                 self.stop_reasons[delta.index] = delta.stop_reason
         if output.is_last:
             self.last = output
+
+
+class Oracle:
+    """Proposes what will come, or not quite: each guess is wrong with probability 0.2."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self._rng = random.Random(workload.limits.num_blocks)
+        self._wholes: dict[tuple[int, ...], list[list[int]]] = defaultdict(list)
+        for request in workload.requests:
+            for index in range(request.n):
+                whole = workload.whole(request, index).token_ids
+                self._wholes[request.prompt_token_ids].append(whole)
+
+    def propose(
+        self, state: DraftState, token_ids: Sequence[int], end: int, most: int
+    ) -> list[int]:
+        known = list(token_ids[:end])
+        for prompt, wholes in self._wholes.items():
+            for whole in wholes:
+                text = [*prompt, *whole]
+                if text[:end] == known and len(text) > end:
+                    drafts = text[end : end + self._rng.randint(0, most)]
+                    return [self._maybe(token_id) for token_id in drafts]
+        return [self._rng.randrange(VOCAB)][:most]
+
+    def _maybe(self, token_id: int) -> int:
+        return self._rng.randrange(VOCAB) if self._rng.random() < 0.2 else token_id
 
 
 class Workload:
@@ -83,6 +114,8 @@ class Workload:
         self.requests = [self.random_request(i) for i in range(rng.randint(1, 10))]
         self.poisoned = {r.sampling.seed for r in self.requests if rng.random() < 0.03}
         self.runner = EchoRunner(self.limits, frozenset(self.poisoned))
+        speculation = SpeculationConfig(max_draft_tokens=rng.choice([1, 3, 8]))
+        proposer = rng.choice([None, Oracle(self), Oracle(self), NgramProposer(speculation)])
         self.engine = Engine(
             self.runner,
             LetterDetokenizer(),
@@ -91,6 +124,7 @@ class Workload:
             "artifact",
             lambda: self.now,
             self.grammars,
+            None if proposer is None else Drafter(proposer, speculation),
         )
         self.received = {r.request_id: Received() for r in self.requests}
         self.aborted: set[str] = set()
@@ -226,7 +260,7 @@ def test_random_workloads_give_what_each_request_gives_alone(batch: int) -> None
 
 def test_the_workloads_reach_what_they_are_for() -> None:
     """A property that never meets preemption, forks, hits or copies proves nothing."""
-    preemptions = hits = copies = aborts = depth_one = 0
+    accepted = rejected = preemptions = hits = copies = aborts = depth_one = 0
     for seed in range(300):
         workload = Workload(seed)
         workload.run()
@@ -236,7 +270,9 @@ def test_the_workloads_reach_what_they_are_for() -> None:
         copies += sum(len(plan.block_copies) for plan in workload.runner.plans)
         aborts += len(workload.aborted)
         depth_one += workload.limits.step_depth
-    assert min(preemptions, hits, copies, aborts, depth_one) > 50
+        accepted += stats.num_accepted_tokens
+        rejected += stats.num_draft_tokens - stats.num_accepted_tokens
+    assert min(preemptions, hits, copies, aborts, depth_one, accepted, rejected) > 50
 
 
 def test_resuming_at_every_token_gives_the_undisturbed_rest() -> None:

@@ -20,13 +20,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from torchweave_ray.api.errors import INTERNAL_ERROR, error_response
+from torchweave_ray.deadline import Deadline, Late
 from torchweave_ray.errors import (
     DeadlineExceeded,
     InvalidRequest,
     RequestError,
     RequestTooLarge,
 )
-from torchweave_ray.outputs import Deadline, Late
 
 if TYPE_CHECKING:
     from torchweave_ray.api.streams.resume import OpenStream, Resumed

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from torchweave_ray.deadline import Late
 from torchweave_ray.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -18,7 +19,6 @@ from torchweave_ray.errors import (
     RequestError,
     Unavailable,
 )
-from torchweave_ray.outputs import Late
 
 _ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 """Whose clients know errors in another shape."""

@@ -6,13 +6,14 @@ runs, and ends nothing itself.
 
 from __future__ import annotations
 
+from torchweave_ray.deadline import Late
 from torchweave_ray.engine.budget import least_prefill_s, prompt_tokens_per_s
 from torchweave_ray.engine.meter import PromptPace
 from torchweave_ray.engine.plan import RuntimeLimits, StepPlan
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, Sequence
 from torchweave_ray.errors import DeadlineExceeded, InvalidRequest, Overloaded
-from torchweave_ray.outputs import GenerateRequest, Late, OutputKind, RequestOutput
+from torchweave_ray.outputs import GenerateRequest, OutputKind, RequestOutput
 
 MAX_CHOICES = 64
 PREDICTION_MARGIN = 0.8

@@ -116,6 +116,12 @@ class BlockManager:
         seq.block_table.extend(self._pool.allocate() for _ in range(missing))
         return True
 
+    def grow_spare(self, seq: Sequence, num_tokens: int) -> bool:
+        """The same for tokens that may come to nothing: only from what is beyond the watermark."""
+        missing = self.num_blocks_for(num_tokens) - len(seq.block_table)
+        is_spare = missing <= 0 or missing + self._watermark_blocks <= self._pool.num_free
+        return is_spare and self.grow(seq, num_tokens)
+
     def commit(self, seq: Sequence, old_end: int, new_end: int) -> None:
         """Positions old_end..new_end are computed: publish the blocks that became full, and let go
         of those that fell out of the window: steps in flight begin at new_end."""

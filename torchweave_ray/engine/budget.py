@@ -92,6 +92,10 @@ class StepBudget:
             size = max(low, min(self._min_chunk, size))
         return max(size, 0)
 
+    def price(self, start: int, num_draws: int) -> float:
+        """Of one more token, in tokens that the step draws in that time; 0: costs are not known."""
+        return self._cost_of(start, 1) * num_draws / self._ms if self._ms > 0 else 0.0
+
     def _limit_ms(self) -> float:
         """The whole step's. A lone decode is the measure: it costs what the model and the machine
         make it cost, so one rule fits all of them."""

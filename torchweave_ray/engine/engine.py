@@ -13,10 +13,11 @@ from dataclasses import replace
 from torchweave_ray.config import CacheConfig, SchedulerConfig
 from torchweave_ray.engine.admission import Admission, refuse_impossible
 from torchweave_ray.engine.grammar import Constraints
-from torchweave_ray.engine.output_processor import OutputProcessor
+from torchweave_ray.engine.output.output_processor import OutputProcessor
 from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits, StepPlan
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, SequenceUpdate
+from torchweave_ray.engine.speculation.drafter import Drafter
 from torchweave_ray.errors import InvalidRequest
 from torchweave_ray.outputs import FinishReason, GenerateRequest, RequestOutput, Stats
 from torchweave_ray.tokenizer import Detokenizer
@@ -33,12 +34,14 @@ class Engine:
         artifact_id: str = "",
         clock: Callable[[], float] = time.monotonic,
         grammars: GrammarCompiler | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """`clock` is that of deadlines; without `grammars` a request with one is refused."""
         self._runner = runner
         self._artifact_id = artifact_id
         self._clock = clock
-        self._scheduler = Scheduler(cache, scheduler, runner.limits, clock)
+        self._scheduler = Scheduler(cache, scheduler, runner.limits, clock, drafter)
+        self._drafter = drafter
         self.admission = Admission(self._scheduler, runner.limits)
         self._outputs = OutputProcessor(detokenizer, self._scheduler, clock)
         self._constraints = Constraints(grammars, runner.limits)
@@ -124,10 +127,15 @@ class Engine:
             self._num_computed_tokens += plan.num_tokens
             self._pending.append(self._runner.submit(plan))
         if self._pending and (plan is None or len(self._pending) > self.limits.step_depth):
-            updates = self._scheduler.update(self._pending.popleft().result())
-            self._num_generated_tokens += sum(len(update.token_ids) for update in updates)
-            self._emit(self._outputs.process(updates))
-        self.admission.note_step(self._clock() - started_at, plan)
+            outputs = self._outputs.process(
+                self._scheduler.update(self._pending.popleft().result())
+            )
+            self._num_generated_tokens += sum(len(d.token_ids) for o in outputs for d in o.deltas)
+            self._emit(outputs)
+        seconds = self._clock() - started_at
+        self.admission.note_step(seconds, plan)
+        if self._drafter is not None and plan is not None:
+            self._drafter.note_step(seconds, plan)
         ready, self._ready = self._ready, []
         return ready
 
@@ -146,6 +154,8 @@ class Engine:
             num_computed_tokens=self._num_computed_tokens,
             num_prefix_query_tokens=scheduler.num_query_tokens,
             num_prefix_hit_tokens=scheduler.num_hit_tokens,
+            num_draft_tokens=self._drafter.num_draft_tokens if self._drafter else 0,
+            num_accepted_tokens=self._drafter.num_accepted_tokens if self._drafter else 0,
             num_finished=self._num_finished,
             num_failed=self._num_failed,
         )

@@ -57,6 +57,24 @@ class _Matcher:
             return f"the grammar takes more than {MAX_MASK_S:g} s a token"
         return None
 
+    def fill_behind(
+        self, drafts: tuple[int, ...], rows: NDArray[np.int32], ends: NDArray[np.int32]
+    ) -> int:
+        """How many of these drafts the grammar has next; into `rows`, what may follow each."""
+        num = 0
+        for token_id in drafts[: self._matcher.validate_tokens(list(drafts))]:
+            self._matcher.consume_token(token_id)
+            num += 1
+            if self.is_over:
+                rows[num - 1] = ends
+                break
+            if self.fill(rows[num - 1]) is not None:
+                num -= 1  # said when it is the next draw
+                self._matcher.rollback(1)
+                break
+        self._matcher.rollback(num)
+        return num
+
     @property
     def is_over(self) -> bool:
         """Only end tokens may follow, any number: the matcher takes part no more."""
@@ -115,12 +133,14 @@ class Constraints:
         bitmask = None
         entries = list(plan.sequences)
         failed = []
+        behind: dict[int, NDArray[np.int32]] = {}
         for row, entry in enumerate(entries):
             if entry.seq_id not in seqs or entry.output is not StepOutput.SAMPLE:
                 continue
             if bitmask is None:
                 bitmask = np.full((len(entries), len(self._ends)), -1, dtype=np.int32)
             constrained, seq = seqs[entry.seq_id]
+            drafts, entries[row] = entry.draft_token_ids, replace(entry, draft_token_ids=())
             matcher = constrained.matchers.get(entry.seq_id)
             if matcher is None:
                 matcher = constrained.matchers[entry.seq_id] = _Matcher(constrained.start)
@@ -134,10 +154,16 @@ class Constraints:
                 failed.append((seq, why))
             elif entry.banned_token_ids and not (bitmask[row] & ~self._ends).any():
                 # min_tokens bans end tokens, but nothing else may come: it is filled up with them.
-                entries[row] = replace(entry, banned_token_ids=())
+                entries[row] = replace(entries[row], banned_token_ids=())
+            elif drafts and not (matcher.is_over or entry.banned_token_ids):
+                rows = np.empty((len(drafts), len(self._ends)), dtype=np.int32)
+                num = matcher.fill_behind(drafts, rows, self._ends)
+                entries[row] = replace(entry, draft_token_ids=drafts[:num])
+                behind[row] = rows[:num]
         if bitmask is None:
             return plan, failed
-        return replace(plan, sequences=tuple(entries), bitmask=bitmask), failed
+        sequences = tuple(entries)
+        return replace(plan, sequences=sequences, bitmask=bitmask, draft_bitmasks=behind), failed
 
     def _compile(self, grammar: str) -> LLMatcher:
         if self._compiler is None:

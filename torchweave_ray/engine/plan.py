@@ -73,10 +73,12 @@ class StepPlan:
     """(source, destination) block ids, copied before anything is computed."""
     bitmask: NDArray[np.int32] | None = None
     """[len(sequences), ceil(vocab_size / 32)], bit set: allowed. None: all allowed."""
+    draft_bitmasks: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
+    """By position in `sequences`: [drafts, words], what the draw behind each draft may give."""
 
     @property
     def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.sequences)
+        return sum(s.num_tokens + len(s.draft_token_ids) for s in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)

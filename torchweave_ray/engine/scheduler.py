@@ -14,11 +14,9 @@ from collections.abc import Callable
 from torchweave_ray.config import CacheConfig, SchedulerConfig
 from torchweave_ray.engine.block_manager import BlockManager
 from torchweave_ray.engine.budget import StepBudget
+from torchweave_ray.engine.output.results import apply_result
 from torchweave_ray.engine.plan import (
-    IN_FLIGHT,
     RuntimeLimits,
-    ScheduledSequence,
-    StepOutput,
     StepPlan,
     StepResult,
 )
@@ -28,6 +26,7 @@ from torchweave_ray.engine.sequence import (
     SequenceStatus,
     SequenceUpdate,
 )
+from torchweave_ray.engine.speculation.drafter import Drafter
 from torchweave_ray.engine.step_builder import ScheduledItem, StepBuilder
 from torchweave_ray.engine.waiting_queue import WaitingQueue
 from torchweave_ray.outputs import FinishReason, OutputKind
@@ -40,8 +39,9 @@ class Scheduler:
         config: SchedulerConfig,
         limits: RuntimeLimits,
         clock: Callable[[], float],
+        drafter: Drafter | None = None,
     ) -> None:
-        """`clock` gives seconds."""
+        """`clock` gives seconds; a `drafter` is for steps of which none is in flight."""
         self.config = config
         """May be replaced between steps: limits that change in place."""
         self.blocks = BlockManager(limits, cache)
@@ -52,8 +52,9 @@ class Scheduler:
         """Prompt tokens that were looked up in the prefix cache."""
         self.released: list[int] = []
         """seq_ids that the runner may forget; the engine empties it."""
-        self._limits = limits
+        self.limits = limits
         self._clock = clock
+        self.drafter = drafter if limits.step_depth == 0 else None
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue(config.ageing_tokens_per_step)
         self._exclusive: deque[Sequence] = deque()  # only the first may be running
@@ -84,8 +85,8 @@ class Scheduler:
     def add(self, state: RequestState, fork_source: Sequence | None = None) -> Sequence:
         """Queue the next choice of a request."""
         request = state.request
-        wanted = request.sampling.max_tokens or self._limits.max_model_len
-        total = min(len(request.prompt_token_ids) + wanted, self._limits.max_model_len)
+        wanted = request.sampling.max_tokens or self.limits.max_model_len
+        total = min(len(request.prompt_token_ids) + wanted, self.limits.max_model_len)
         if request.output_kind is OutputKind.POOLED:
             total = len(request.prompt_token_ids) + 1
         seq_id = self._num_sequences
@@ -121,7 +122,7 @@ class Scheduler:
         self.waiting.check_integrity()
         for seq in self.running:
             assert seq.num_computed_tokens <= len(seq.token_ids)
-            assert len(seq.block_table) * self._limits.block_size >= seq.num_computed_tokens
+            assert len(seq.block_table) * self.limits.block_size >= seq.num_computed_tokens
         assert len(self.running) <= self.config.max_num_seqs
         self.blocks.check_integrity(self.running)
 
@@ -129,7 +130,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run now."""
-        step = StepBuilder(StepBudget(self.config, self._limits.block_size), self._limits)
+        step = StepBuilder(StepBudget(self.config, self.limits.block_size), self.limits)
         if self._exclusive and not self._last_was_exclusive:
             self._schedule_exclusive(step)
         self._last_was_exclusive = bool(step.items)
@@ -140,6 +141,8 @@ class Scheduler:
             self._last_was_exclusive = True
         if not step.items:
             return None
+        if self.drafter is not None:
+            self.drafter.add_drafts(step, self.blocks)
         self.num_steps += 1
         for item in step.items:
             item.seq.last_step = self.num_steps
@@ -150,44 +153,9 @@ class Scheduler:
     def update(self, result: StepResult) -> list[SequenceUpdate]:
         """Apply the oldest submitted step; what it says of finished sequences is dropped."""
         number, items = self._steps.popleft()
-        updates: list[SequenceUpdate] = []
-        for row, item in enumerate(items):
-            seq, entry = item.seq, item.entry
-            if seq.is_finished:
-                continue
-            failure = result.failed.get(seq.seq_id)
-            if failure is not None:
-                self.finish(seq, FinishReason.ERROR, error=failure)
-                updates.append(SequenceUpdate(seq))
-                continue
-            if seq.epoch == item.epoch:
-                self.blocks.commit(seq, entry.start, entry.start + entry.num_tokens)
-            if entry.output is StepOutput.PROMPT_LOGPROBS:
-                seq.state.add_prompt_logprobs(entry.start, result.prompt_logprobs[seq.seq_id])
-            elif entry.output in (StepOutput.POOL, StepOutput.POOL_ALL):
-                if seq.state.add_pooled(entry, result.pooled[seq.seq_id]):
-                    self.finish(seq, FinishReason.STOP)
-                    updates.append(SequenceUpdate(seq))
-            elif entry.output is StepOutput.SAMPLE:
-                updates.append(self._append(seq, entry, result, row))
+        updates = apply_result(self, items, result)
         self.blocks.pass_fence(number)
         return updates
-
-    def _append(
-        self, seq: Sequence, entry: ScheduledSequence, result: StepResult, row: int
-    ) -> SequenceUpdate:
-        (token_id,) = result.token_ids[row]
-        position = entry.start + entry.num_tokens
-        assert seq.token_ids[position] == IN_FLIGHT
-        seq.token_ids[position] = token_id
-        state = seq.state
-        while len(state.sequences) < state.request.n:  # the first choice's first token
-            self.add(state, fork_source=seq)
-        stop = seq.stop_of(position, self._limits.eos_token_ids)
-        if stop is not None:
-            self.finish(seq, *stop)
-        logprobs = result.logprobs[row] if result.logprobs else None
-        return SequenceUpdate(seq, (token_id,), None if logprobs is None else tuple(logprobs))
 
     # Inside a step.
 
@@ -225,7 +193,7 @@ class Scheduler:
         needed = self.blocks.num_blocks_taken(shared, len(seq.token_ids))
         if needed > self.blocks.num_admissible_blocks(self.running):
             return False
-        start = len(shared) * self._limits.block_size
+        start = len(shared) * self.limits.block_size
         if not step.budget.chunk(start, len(seq.token_ids) - start):
             return False
         self._leave_queue(seq)

@@ -8,10 +8,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torchweave_ray.block_hash import BlockHash, root_hash
 from torchweave_ray.engine.plan import IN_FLIGHT, ScheduledSequence, StepOutput
 from torchweave_ray.outputs import FinishReason, GenerateRequest, TokenLogprobs
+
+if TYPE_CHECKING:
+    from torchweave_ray.engine.speculation.drafter import DraftState
 
 
 class SequenceStatus(enum.Enum):
@@ -83,6 +87,7 @@ class Sequence:
         "arrival_step",
         "block_hashes",
         "block_table",
+        "drafts",
         "epoch",
         "error",
         "finish_reason",
@@ -132,6 +137,7 @@ class Sequence:
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""
         self.root_hash = root_hash(request.artifact_id, request.tenant, request.cache_salt)
         self.fork_source: Sequence | None = None
+        self.drafts: DraftState | None = None
         self.last_step = 0
         """Number of the last step this sequence was scheduled in."""
         self.epoch = 0

@@ -209,7 +209,9 @@ class ModelRunner:
         seq = row.sequence
         allowed = None
         if plan.bitmask is not None and is_constrained(plan.bitmask[row.index]):
-            allowed = plan.bitmask[row.index]
+            num_drafts = len(row.draft_token_ids)
+            behind = plan.draft_bitmasks[row.index] if num_drafts else plan.bitmask
+            allowed = behind[num_drafts - 1] if num_drafts else behind[row.index]
         sampling, banned = seq.sampling, seq.banned_token_ids
         if sampling.thinking is not None:
             forced = sampling.thinking.forced_token(_output_before(row))
@@ -235,12 +237,8 @@ class ModelRunner:
 
 
 def _chunk(plan: StepPlan, index: int) -> Chunk:
-    """Drafts of a constrained sequence are left out: the bitmask knows its first draw only."""
     seq = plan.sequences[index]
-    drafts = seq.draft_token_ids if seq.output is StepOutput.SAMPLE else ()
-    if drafts and plan.bitmask is not None and is_constrained(plan.bitmask[index]):
-        drafts = ()
-    return Chunk(seq, drafts)
+    return Chunk(seq, seq.draft_token_ids if seq.output is StepOutput.SAMPLE else ())
 
 
 def _output_before(row: _DrawRow) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torchweave_ray.engine.detokenizer import TextStream
+from torchweave_ray.engine.output.detokenizer import TextStream
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, Sequence, SequenceUpdate
 from torchweave_ray.outputs import (
@@ -67,13 +67,19 @@ class OutputProcessor:
         seq = update.seq
         stream = self._streams.get(seq.seq_id) or self._open(seq)
         text, stream.replayed = stream.replayed, ""
-        end_token_id = None
-        for token_id in update.token_ids:
-            if seq.finish_reason is not FinishReason.STOP:
-                text += stream.text.push(token_id)
-            elif seq.state.request.sampling.include_stop_str_in_output:
-                end_token_id = token_id
-        matched = stream.text.matched
+        token_ids = update.token_ids
+        num_text = len(token_ids) - (seq.finish_reason is FinishReason.STOP)  # else an end token
+        num = 0
+        while num < num_text and stream.text.matched is None:
+            text += stream.text.push(token_ids[num])
+            num += 1
+        matched, end_token_id = stream.text.matched, None
+        if matched is None and num < len(token_ids):
+            if seq.state.request.sampling.include_stop_str_in_output:
+                end_token_id = token_ids[-1]
+        elif num < len(token_ids):  # drafts that were right, but the text ended before them
+            del seq.token_ids[num - len(token_ids) :]
+            token_ids = token_ids[:num]
         if matched is not None:
             self._scheduler.finish(seq, FinishReason.STOP, matched)
         if seq.is_finished:
@@ -82,13 +88,13 @@ class OutputProcessor:
         skipped = min(stream.num_chars_to_skip, len(text))
         stream.num_chars_to_skip -= skipped
         first_index = stream.num_emitted_tokens
-        stream.num_emitted_tokens += len(update.token_ids)
+        stream.num_emitted_tokens += len(token_ids)
         return ChoiceDelta(
             index=seq.index,
             first_index=first_index,
-            token_ids=update.token_ids,
+            token_ids=token_ids,
             text=text[skipped:],
-            logprobs=update.logprobs,
+            logprobs=update.logprobs[: len(token_ids)] if update.logprobs else update.logprobs,
             finish_reason=FinishReason.STOP if matched is not None else seq.finish_reason,
             stop_reason=matched if matched is not None else seq.stop_reason,
             error=seq.error,

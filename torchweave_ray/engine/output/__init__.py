@@ -1,0 +1,1 @@
+"""What becomes of a step: results to sequences, tokens to text."""

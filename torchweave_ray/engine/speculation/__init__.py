@@ -1,0 +1,1 @@
+"""Guesses at the next tokens, verified by the steps that compute them."""
