@@ -1,6 +1,6 @@
 """What speculation gains and costs: the same work with and without it, in turns, texts compared.
 
-Backs the figures of docs/performance.md: `speculation_gain.py [--model RECIPE] [--rounds 5] [--save]`.
+Backs the figures of docs/performance.md. All options are of `speculation_gain.py --help`.
 """
 
 from __future__ import annotations
