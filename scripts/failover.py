@@ -46,8 +46,8 @@ from torchweave_ray.client import stream
 
 PROMPTS = ("Gravity is", "The sun is", "Once upon a time", "A list of colours:")
 NUM_STREAMS = 6
-NUM_TOKENS = 160
-KILL_AFTER = 24
+NUM_TOKENS = 120
+KILL_AFTER = 16
 """Events that every stream has shown then."""
 NUM_CLIENTS = 6
 UPDATE_TOKENS = 48
@@ -216,7 +216,7 @@ FAULTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", default="smollm2-135m-int8")
+    parser.add_argument("--recipe", default="smollm2-135m")
     parser.add_argument("--kills", type=int, default=10, help="of each kind")
     parser.add_argument("--updates", type=int, default=3, help="of each kind")
     parser.add_argument("--save", action="store_true", help="write a results file")

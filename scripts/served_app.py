@@ -34,7 +34,7 @@ class Application:
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
-        model = {"id": "m", "recipe": self._recipe, "num_replicas": NUM_REPLICAS, "num_cpus": 0.3}
+        model = {"id": "m", "recipe": self._recipe, "num_replicas": NUM_REPLICAS, "num_cpus": 0.2}
         scheduler = {"max_num_seqs": max_num_seqs}
         engine = {"cache": {"kv_memory": 64 << 20}, "scheduler": scheduler}
         args = {
