@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 4.0
-"""A replica that sends nothing for so long is taken for lost."""
+"""A replica that sends nothing for so long is taken for lost, and not later."""
+CHECKS = 4
+"""Looks for silent replicas between two heartbeats."""
 HELLO_TIMEOUT_S = 2.0
 MAX_HELLO_BYTES = 4096
 
@@ -135,17 +137,18 @@ class BusListener:
     async def _tick(self) -> None:
         """Heartbeats out; silent replicas dropped."""
         loop = asyncio.get_running_loop()
-        before = loop.time()
-        while True:
-            await asyncio.sleep(self._heartbeat_s)
+        before, every_s = loop.time(), self._heartbeat_s / CHECKS
+        for number in itertools.count(1):
+            await asyncio.sleep(every_s)
             now = loop.time()
             # When this loop itself stood still, what came meanwhile has not been read yet.
-            on_time = now - before < 2 * self._heartbeat_s
+            on_time = now - before < self._heartbeat_s
             before = now
             for connection in list(self.connections):
-                if on_time and now - connection.last_seen > self._dead_after_s:
+                # The next look would be too late.
+                if on_time and now - connection.last_seen > self._dead_after_s - every_s:
                     connection.drop(f"silent for {self._dead_after_s:g} s")
-                else:
+                elif number % CHECKS == 0:
                     connection.send_heartbeat()
 
 
