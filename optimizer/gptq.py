@@ -22,7 +22,7 @@ from torchweave_ray.kernels.quantization import (
 
 DAMPING = 0.01
 """Of the mean second moment, added to each: a text says little about inputs that it seldom uses."""
-_BLOCK = 4 * GROUP
+_BLOCK = GROUP
 """Inputs whose corrections to all later ones are applied in one product."""
 _ROWS = 1024
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)

@@ -81,9 +81,10 @@ def compare(
     divergences: list[Tensor] = []
     losses: list[tuple[Tensor, Tensor]] = []
     num_agreeing = 0
-    for ids, wanted, given in zip(windows, reference, candidate, strict=True):
-        expected = wanted[:-1].log_softmax(dim=-1)
-        actual = given[:-1].log_softmax(dim=-1)
+    wanted, given = iter(reference), iter(candidate)
+    for ids in windows:  # an executor may give the next logits in the same memory
+        expected = next(wanted)[:-1].log_softmax(dim=-1)
+        actual = next(given)[:-1].log_softmax(dim=-1)
         divergences.append((expected.exp() * (expected - actual)).sum(dim=-1))
         num_agreeing += int((expected.argmax(dim=-1) == actual.argmax(dim=-1)).sum())
         following = ids[1:, None]
