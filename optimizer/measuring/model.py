@@ -6,7 +6,7 @@ Knows no scheduler: a batch is a list of (start, num_tokens), one pair a sequenc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -66,15 +66,18 @@ def open_staged(
 
 
 @contextmanager
-def all_cores() -> Iterator[int]:
-    """Lets torch use every core of this process (Ray gives a worker one); gives their number."""
+def torch_threads(threads: int) -> Iterator[int]:
     before = torch.get_num_threads()
-    threads = num_cores()
     torch.set_num_threads(threads)
     try:
         yield threads
     finally:
         torch.set_num_threads(before)
+
+
+def all_cores() -> AbstractContextManager[int]:
+    """Lets torch use every core of this process (Ray gives a worker one); gives their number."""
+    return torch_threads(num_cores())
 
 
 def make_inputs(

@@ -19,7 +19,7 @@ from torch import Tensor
 from optimizer.calibration import Calibration
 from optimizer.checkpoints import Checkpoint
 from optimizer.gptq import Moments, quantize_compensating
-from optimizer.measuring.model import all_cores
+from optimizer.measuring.model import all_cores, torch_threads
 from optimizer.measuring.quality import calibration_windows
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
@@ -167,7 +167,8 @@ def quantize_fused(
         elif factor is None:
             parts.append(_rounded(checkpoint.load(name), tensor.format))
         else:
-            parts.append(quantize_compensating(checkpoint.load(name), factor, tensor.format))
+            with torch_threads(1):  # input by input: too little work at once to share out
+                parts.append(quantize_compensating(checkpoint.load(name), factor, tensor.format))
     return concat_rows(parts)
 
 

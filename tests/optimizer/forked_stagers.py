@@ -32,7 +32,7 @@ import optimizer.stages.quantize
 import optimizer.stages.seal
 import optimizer.stages.tune
 import optimizer.stages.verify  # noqa: F401 - loaded here once, not in every child
-from optimizer.measuring import step_cost
+from optimizer.measuring import quality, step_cost
 from optimizer.pipeline import optimize
 from optimizer.progress import SilentProgress
 from optimizer.sources.partial_file import PartialFile
@@ -162,6 +162,7 @@ def shared(source: Path, root: Path, seed: int) -> None:
 
 if __name__ == "__main__":
     step_cost.MAX_REPEATS = 1
+    quality.MAX_CALIBRATION_TOKENS = 512
     PartialFile.chunk_size, TensorWriter.sync_bytes = 20_000, 30_000  # a tiny model has several
     mode, source, store = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     numbers = [int(number) for number in sys.argv[4:]]

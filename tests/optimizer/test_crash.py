@@ -76,8 +76,12 @@ def test_killed_while_it_is_fetched_and_merged(tmp_path: Path, source: Path, kin
 
 
 @pytest.mark.slow
-def test_killed_everywhere_then_resumed(tmp_path: Path, source: Path) -> None:
-    _check_crashes(source, tmp_path, first=1, step=1)
+@pytest.mark.parametrize(
+    "more", ["", "quantization: {layers: int4-group32, head: int8, method: gptq}\nverify: none\n"]
+)
+def test_killed_everywhere_then_resumed(tmp_path: Path, source: Path, more: str) -> None:
+    source.write_text(source.read_text() + more)
+    _check_crashes(source, tmp_path, first=1, step=4 if more else 1)
 
 
 def _check_shared(source: Path, tmp_path: Path, seeds: range) -> None:

@@ -90,6 +90,25 @@ def test_wrong_weights_are_caught(
         optimize(Recipe("t", str(source), dtype="bfloat16"), tmp_path / "store")
 
 
+def test_speed_beside_the_source(tmp_path: Path, source: Path) -> None:
+    """Torch on the plain weights and what is served, measured in turns; a bar names itself."""
+    recipe = Recipe("t", str(source), dtype="bfloat16", bars=Bars(min_speedup=1e-6))
+    report = json.loads((optimize(recipe, tmp_path / "a") / "report.json").read_text())
+    speed = report["speed"]
+    assert speed["source"]["executor"] == "torch"
+    assert speed["staged"]["executor"] == report["quality"]["executor"]
+    for said in (speed["source"], speed["staged"]):
+        assert min(said["decode_1"], said["decode_16"], said["prompt"]) > 0
+    ratio = speed["staged"]["decode_1"] / speed["source"]["decode_1"]
+    assert speed["speedup"] == pytest.approx(ratio, rel=1e-2)
+    too_fast = dataclasses.replace(recipe, bars=Bars(min_speedup=1e6))
+    with pytest.raises(ArtifactError, match=r"its bar min_speedup 1000000\.0"):
+        optimize(too_fast, tmp_path / "b")
+    unknown = dataclasses.replace(too_fast, target="sm_90")
+    with pytest.raises(ArtifactError, match=r"no speed was measured .*sm_90.*min_speedup"):
+        optimize(unknown, tmp_path / "c")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -181,6 +181,26 @@ def test_torch_runs_it_dequantised_and_says_so(
     assert "9 of them dequantised to torch.bfloat16" in caplog.text
 
 
+def test_an_int8_kv_cache_is_the_artifacts_default(tmp_path: Path) -> None:
+    """Also where no weight is quantised; its quality is judged, and a replica may say otherwise."""
+    source = make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+    loose = Bars(5.0, 0.0, 5.0)
+    reports = {}
+    for quantization in (Quantization(kv="int8"), Quantization()):
+        artifact = _stage(
+            tmp_path, source, quantization, dtype="bfloat16", verify="auto", bars=loose
+        )
+        manifest = read_manifest(artifact)
+        assert manifest.quantization == {}
+        assert manifest.kv_dtype == ("int8" if quantization.kv == "int8" else "auto")
+        reports[quantization.kv] = read_report(artifact)["quality"]
+        for asked, wanted in (("auto", quantization.kv), ("model", "none"), ("int8", "int8")):
+            with LLM(artifact, max_model_len=64, runner={"kv_dtype": asked}) as llm:
+                assert llm.info.kv_dtype == ("int8" if wanted == "int8" else "bfloat16")
+    assert [reports[kind]["kv_dtype"] for kind in ("int8", "none")] == ["int8", "bfloat16"]
+    assert reports["int8"]["kl"] != reports["none"]["kl"]
+
+
 def test_what_is_not_close_enough_is_not_published(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
     with pytest.raises(ArtifactError, match=r"t is not published.*KL divergence"):

@@ -141,7 +141,7 @@ def test_options_are_the_configs_keys(artifact: Path) -> None:
         LLM(artifact, max_model_length=64)
     with pytest.raises(ConfigError, match=r"scheduler\.max_num_seqs"):
         LLM(artifact, scheduler={"max_num_seqs": "8"})
-    with pytest.raises(ConfigError, match=r"kv_dtype.*'auto' or 'int8', got 'int4'"):
+    with pytest.raises(ConfigError, match=r"kv_dtype.*'auto' or 'model' or 'int8', got 'int4'"):
         LLM(artifact, runner={"kv_dtype": "int4"})
     with pytest.raises(ConfigError, match="kv_dtype"):
         LLM(artifact, runner={"kv_type": "int8"})

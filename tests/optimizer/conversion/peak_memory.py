@@ -1,8 +1,8 @@
-"""Stages a checkpoint up to `fuse` and prints what memory that took at most, in bytes. No test.
+"""Stages a checkpoint up to a stage and prints what memory each took at most, in bytes. No test.
 
-Started by a test as `python -m tests.optimizer.conversion.peak_memory RECIPE WORK`. Counted are
-anonymous pages, and separately all resident ones: pages of a mapped file can be taken back by the
-kernel at any time, but a container's limit counts them until it does.
+Started by a test as `python -m tests.optimizer.conversion.peak_memory RECIPE WORK LAST`. Counted
+are anonymous pages, and separately all resident ones: pages of a mapped file can be taken back by
+the kernel at any time, but a container's limit counts them until it does.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from pathlib import Path
 
 import torch
 
-from optimizer.pipeline import run_stages
+from optimizer.pipeline import Stage, run_stages
 from optimizer.progress import SilentProgress
 from optimizer.recipe import load_recipe
 from optimizer.stages.convert import ConvertStage
 from optimizer.stages.fetch import FetchStage
 from optimizer.stages.fuse import FuseStage
+from optimizer.stages.pack import PackStage
+from optimizer.stages.quantize import QuantizeStage
+from optimizer.stages.tune import TuneStage
+from optimizer.stages.verify import VerifyStage
 from torchweave_ray.models.artifact import Manifest
 
 
@@ -46,10 +50,19 @@ def main() -> None:
     torch.ones(64, 64).to(torch.bfloat16).float()  # what torch sets up once is no stage's
     recipe, work = load_recipe(Path(sys.argv[1])), Path(sys.argv[2])
     progress = SilentProgress()
-    stages = [FetchStage(recipe, progress), ConvertStage(recipe, progress), FuseStage(progress)]
+    stages: list[Stage] = [
+        FetchStage(recipe, progress),
+        ConvertStage(recipe, progress),
+        FuseStage(progress),
+        QuantizeStage(recipe, progress),
+        PackStage(recipe, progress),
+        VerifyStage(recipe, progress),
+        TuneStage(recipe, progress),
+    ]
+    last = [stage.name for stage in stages].index(sys.argv[3])
     draft = Manifest("", str(recipe.open_source().text), "", "", "", "", {})
     peaks = {}
-    for stage in stages:
+    for stage in stages[: last + 1]:
         sampler = Sampler()
         sampler.start()
         draft, _ = run_stages([stage], work, draft, progress)

@@ -66,12 +66,14 @@ def _sharded(folder: Path, code: str, itemsize: int, num_shards: int, **config: 
     return max(sizes)
 
 
-def _peaks(tmp_path: Path, source: object, dtype: str) -> dict[str, list[int]]:
+def _peaks(
+    tmp_path: Path, source: object, dtype: str, last: str = "fuse", more: str = ""
+) -> dict[str, list[int]]:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"source: {source}\ndtype: {dtype}\n")
+    recipe.write_text(f"source: {source}\ndtype: {dtype}\n{more}")
     (tmp_path / "work").mkdir()
     module = "tests.optimizer.conversion.peak_memory"
-    command = [sys.executable, "-m", module, str(recipe), str(tmp_path / "work")]
+    command = [sys.executable, "-m", module, str(recipe), str(tmp_path / "work"), last]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     peaks: dict[str, list[int]] = json.loads(ran.stdout)
@@ -112,3 +114,35 @@ def test_a_gguf_is_dequantised_by_rows(tmp_path: Path) -> None:
     largest = 4 * 1024 * 16384
     for stage, (anonymous, _) in _peaks(tmp_path, source, "bfloat16").items():
         assert anonymous < 2.5 * largest, stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "quantization",
+    ["none", "int8", "{layers: int4-group32, head: int8-group32, method: gptq}"],
+    ids=["bf16", "int8", "int4-gptq"],
+)
+def test_a_gigabyte_is_quantised_and_verified_in_little_memory(
+    tmp_path: Path, quantization: str
+) -> None:
+    """In one shard; anonymous memory, since pages of mapped files can be taken back at any time.
+    The fixed part: activations and logits of the texts, and GPTQ's matrices of inputs x inputs."""
+    largest = _sharded(
+        tmp_path / "big",
+        "BF16",
+        2,
+        num_shards=1,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=12,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    )
+    assert largest > 1e9
+    loose = "bars: {max_kl: 99, min_top1: 0, max_perplexity_ratio: 99}\ntuning_budget_s: 1\n"
+    more = f"quantization: {quantization}\n{loose}"
+    for stage, (anonymous, _) in _peaks(
+        tmp_path, tmp_path / "big", "bfloat16", "tune", more
+    ).items():
+        print(f"{quantization} {stage}: {anonymous / 1e6:.0f} MB anonymous, {largest / 1e6:.0f}")
+        assert anonymous < 1.3 * largest, stage
