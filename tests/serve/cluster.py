@@ -59,8 +59,8 @@ def deploy(*configs: ServeDeploySchema) -> None:
     _get_global_client().deploy_apps(first, _blocking=False)
 
 
-def wait_until(done: Callable[[], Any], timeout_s: float = 60) -> Any:
-    """The first truthy answer."""
+def wait_until(done: Callable[[], Any], timeout_s: float = 180) -> Any:
+    """The first truthy answer; patient, for a machine may be busy with other things."""
     deadline = time.monotonic() + timeout_s
     while not (answer := done()):
         assert time.monotonic() < deadline, f"not within {timeout_s} s"

@@ -33,7 +33,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         model = {"id": "tiny", "recipe": str(source), "num_replicas": 2, "num_cpus": 2}
         engine = {"cache": {"kv_memory": 4 << 20}}
         deploy(config({"models": [model | {"threads": 1, "engine": engine}]}))
-        wait_until(lambda: cluster.is_running("torchweave"), 120)
+        wait_until(lambda: cluster.is_running("torchweave"))
         wait_until(lambda: nodes.client.get("/health")[0] == 200)
         yield nodes
 

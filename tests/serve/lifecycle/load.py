@@ -87,7 +87,7 @@ class Load:
     def go_on(self, num_streams: int) -> None:
         """Until so many more have been read."""
         reached = self.num_streams + num_streams
-        wait_until(lambda: self.num_streams >= reached, 120)
+        wait_until(lambda: self.num_streams >= reached)
 
     def _run(self, dice: random.Random) -> None:
         while not self._stop.is_set():
