@@ -26,6 +26,7 @@ from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
 from deployments.drain.gate import Gate, GatedApp
 from deployments.log import log_through_serve
+from deployments.observe.metrics import mirrored
 from torchweave_ray.api.app import create_app
 from torchweave_ray.api.endpoint import check_session_id
 from torchweave_ray.api.grammar import wanted_of
@@ -83,6 +84,8 @@ class Ingress:
         )
         self._app.user_middleware.append(Middleware(GatedApp, gate=self._gate))  # the innermost
         self._watch = asyncio.create_task(self._backend.watch())
+        counted = (self._app.state.metrics, self._backend.moves)
+        self._mirrors = [mirrored(each, {}) for each in counted]
         self._warmups = [asyncio.create_task(self._warm(model)) for model in models]
 
     def __serve_build_asgi_app__(self) -> Starlette:

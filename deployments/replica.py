@@ -31,6 +31,7 @@ from deployments.calls import (
 )
 from deployments.cpu_policy import compute_at_once
 from deployments.log import log_start, log_through_serve
+from deployments.observe.metrics import mirrored
 from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
 from deployments.staging import artifact_at_hand
@@ -38,6 +39,7 @@ from torchweave_ray.api.streams.records import StreamRecords
 from torchweave_ray.errors import ConfigError, EngineError, TorchWeaveError
 from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
+from torchweave_ray.reported import Reported
 from torchweave_ray.tokenizer import load_tokenizer, read_tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,9 @@ class ModelReplica:
             after_step=self._bus.flush,
         )
         self._engine.start()
+        metrics = self._engine.meter.metrics
+        metrics.note_start(self._startup_s, self._id)
+        self._mirror = mirrored(metrics, metrics.labels)
         sharing = config.placement.replicas_per_device
         log_start(
             loaded.info, self._startup_s, engine_config.runner.threads or cores, cores, sharing
@@ -159,6 +164,9 @@ class ModelReplica:
 
     async def stats(self) -> Stats:
         return self._engine.snapshot()
+
+    async def metrics(self) -> Reported:
+        return self._engine.meter.metrics.report()
 
     def record_routing_stats(self) -> dict[str, float]:
         """Asked by Serve, for the routers of all ingresses."""

@@ -87,6 +87,9 @@ class Ready:
     async def stats(self) -> dict[str, Stats]:
         return {}
 
+    async def metrics(self) -> list[Any]:
+        return []
+
 
 async def answer(app: ASGIApp, path: str, body: dict[str, Any]) -> int:
     """Chunks that were sent."""

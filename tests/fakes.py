@@ -20,6 +20,7 @@ from torchweave_ray.outputs import (
     TokenLogprobs,
     Usage,
 )
+from torchweave_ray.reported import Reported
 from torchweave_ray.tokenizer import Tokenizer
 
 MODEL = ModelInfo(
@@ -112,6 +113,9 @@ class FakeBackend:
 
     async def stats(self) -> dict[str, Stats]:
         return {info.id: Stats() for info in self.infos}
+
+    async def metrics(self) -> list[Reported]:
+        return []
 
     async def _gate(self, index: int) -> None:
         await asyncio.sleep(0)  # a real backend always lets others run

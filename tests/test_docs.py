@@ -241,7 +241,8 @@ def _imported() -> set[str]:
                 elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                     names.add(node.module.split(".")[0])
     names -= {"torchweave_ray", "deployments", "optimizer"} | sys.stdlib_module_names
-    renamed = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    renamed = {"prometheus_client": "prometheus-client"}
+    renamed |= {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
     return {renamed.get(name, name) for name in names}
 
 

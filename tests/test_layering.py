@@ -39,13 +39,13 @@ def _rule(may: str | None, never: str) -> Rule:
     return Rule(None if may is None else _ours(may), frozenset(never.split()) | UPPER)
 
 
-CONTRACTS = "deadline errors outputs sampling_params stream_origin"
+CONTRACTS = "deadline errors outputs reported sampling_params stream_origin"
 DEPLOYMENTS_MAY = _ours(
     f"{CONTRACTS} build config api batch metrics tokenizer block_hash engine.async_engine"
 ) | {TW + "kernels.machine", "optimizer.task"}
 OPTIMIZER_MAY = _ours("models hf kernels attention errors")
 RULES = {
-    TW + "engine": _rule(f"{CONTRACTS} config block_hash tokenizer", "torch transformers"),
+    TW + "engine": _rule(f"{CONTRACTS} metrics config block_hash tokenizer", "torch transformers"),
     TW + "runner": _rule(
         f"{CONTRACTS} engine.plan models attention kernels config", "transformers asyncio"
     ),
@@ -70,6 +70,8 @@ LEAVES = (
     "errors",
     "sampling_params",
     "stream_origin",
+    "reported",
+    "deadline",
     "outputs",
     "block_hash",
     "config",

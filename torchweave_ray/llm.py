@@ -8,6 +8,8 @@ for completion in llm.generate(["What is gravity?"], SamplingParams(max_tokens=3
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any, Self, TypeVar, cast
 
 from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
+from torchweave_ray.engine.meter import Meter
 from torchweave_ray.errors import ArtifactError, InvalidRequest
+from torchweave_ray.metrics import exposition
 from torchweave_ray.outputs import (
     FinishReason,
     GenerateRequest,
@@ -75,6 +79,7 @@ class LLM:
         self._loaded = load_model(directory, self._config)
         self.tokenizer = load_tokenizer(directory)
         self._engine = build_engine(self._loaded, self._config, self.tokenizer)
+        self._meter = Meter(math.inf, self.info.id, self._engine)
         self._request_ids = itertools.count()
 
     def generate(
@@ -127,6 +132,10 @@ class LLM:
 
     def stats(self) -> Stats:
         return self._engine.stats()
+
+    def metrics(self) -> str:
+        """Prometheus text of what this object has run; docs/metrics.md says what each is."""
+        return exposition([self._meter.metrics.report()]).decode()
 
     def close(self) -> None:
         """Free the KV cache and let go of the artifact. The object is of no use afterwards."""
@@ -187,7 +196,10 @@ class LLM:
             for request in requests:
                 self._engine.add(request)
             while self._engine.has_work:
-                for output in self._engine.step():
+                started_at = time.monotonic()
+                news = self._engine.step()
+                self._meter.measure(news, time.monotonic() - started_at)
+                for output in news:
                     outputs[output.request_id].append(output)
                     num_finished += output.is_last
                     if output.is_last and progress is not None:
@@ -195,6 +207,7 @@ class LLM:
         except BaseException:  # Ctrl-C in the middle of a step, too: begin anew, empty
             self._loaded.runner.reset()
             self._engine = build_engine(self._loaded, self._config, self.tokenizer)
+            self._meter = Meter(math.inf, self.info.id, self._engine)
             raise
         return {request_id: merge_outputs(parts) for request_id, parts in outputs.items()}
 

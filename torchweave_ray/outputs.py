@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from torchweave_ray.reported import Reported
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.stream_origin import StreamOrigin
 
@@ -78,8 +79,7 @@ class GenerateRequest:
     emitted_chars: int = 0
     n: int = 1
     tenant: str = ""
-    priority: int = 0
-    """Higher goes first."""
+    priority: int = 0  # higher goes first
     deadline: float | None = None
     """On the engine's clock; one that travels is a `Deadline`. A request still unfinished then is
     ended, and before it begins as soon as its prompt cannot be computed in time."""
@@ -87,8 +87,7 @@ class GenerateRequest:
     """Requests share cached prefixes only with equal (tenant, cache_salt)."""
     grammar: str | None = None
     output_kind: OutputKind = OutputKind.TOKENS
-    pooling: Pooling = Pooling.LAST
-    """For OutputKind.POOLED."""
+    pooling: Pooling = Pooling.LAST  # for OutputKind.POOLED
     exclusive: bool = False
     """Alone in its steps, no prefix cache: the unbatched baseline."""
     session_id: str = ""
@@ -99,6 +98,7 @@ class GenerateRequest:
     """None: outputs travel on the handle call; else as frames to this ingress."""
     origin: StreamOrigin | None = None
     """Of a stream that its client can open again."""
+    traceparent: str = ""  # W3C trace context of the span that this request is part of
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +273,6 @@ class Backend(Protocol):
 
     async def info(self, model: str) -> ModelInfo: ...  # ModelNotFound, or Unavailable as it starts
 
-    async def stats(self) -> dict[str, Stats]:
-        """Stats by model id, summed over replicas."""
-        ...
+    async def stats(self) -> dict[str, Stats]: ...  # by model id, summed over replicas
+
+    async def metrics(self) -> list[Reported]: ...  # of every process behind it that answers

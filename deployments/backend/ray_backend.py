@@ -26,9 +26,12 @@ from deployments.backend.hints import avoiding, with_hint
 from deployments.backend.progress import Progress
 from deployments.bus.listener import BusListener
 from deployments.calls import Alive, Description, EngineFailed
+from deployments.observe.metrics import reports_of
 from deployments.status import is_asleep, why_down
 from torchweave_ray.errors import InvalidRequest, RequestError, Unavailable, model_not_found
+from torchweave_ray.metrics import Moves
 from torchweave_ray.outputs import GenerateRequest, ModelInfo, OutputKind, RequestOutput, Stats
+from torchweave_ray.reported import Reported
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class RayBackend:
         self._chunk_interval_s = chunk_interval_s
         self._resume_wait_s = resume_wait_s
         self._num_open = 0
+        self.moves = Moves()
         self._descriptions: dict[str, asyncio.Task[Description]] = {}
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestOutput]:
@@ -77,6 +81,7 @@ class RayBackend:
             except Lost as error:
                 logger.warning("[Request] %s goes on elsewhere: %s", request.request_id, error)
                 replica = error.replica
+                self.moves.note("resumed")
             async with aclosing(self._resume(client, request, progress, replica)) as outputs:
                 async for output in outputs:
                     yield output
@@ -184,6 +189,9 @@ class RayBackend:
             sums[model] = _sum([each for each in answers if isinstance(each, Stats)])
         return sums
 
+    async def metrics(self) -> list[Reported]:
+        return await reports_of(self.clients.values(), self.moves)
+
     async def _ping(self, model: str, client: ModelClient) -> str | None:
         """None, or why no replica answers. One that sleeps is not asked: that would wake it."""
         if client.may_sleep and await is_asleep(*client.names):
@@ -220,6 +228,7 @@ class RayBackend:
                 refusals.append(refusal.error)
                 if len(refusals) == 2:
                     raise min(refusals, key=lambda error: error.retry_after or 0.0) from None
+                self.moves.note("retried")
                 request = avoiding(request, refusal.replica)
 
     def _attempt(
@@ -273,8 +282,7 @@ class RayBackend:
         return task.result().info if task is not None and _is_good(task) else None
 
     async def _pace(self) -> None:
-        interval = min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S)
-        if interval > 0:
+        if interval := min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S):
             await asyncio.sleep(interval)
 
 

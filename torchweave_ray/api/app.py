@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from torchweave_ray.api.endpoint import Endpoint, RequestIds
 from torchweave_ray.api.errors import on_http_exception, on_request_error
+from torchweave_ray.api.observe.metrics import CountedApp
 from torchweave_ray.api.reference import ReferenceApi
 from torchweave_ray.api.service import LoadTokenizer, Recall, Service
 from torchweave_ray.api.settings import ApiSettings
@@ -40,13 +41,14 @@ def create_app(
             Route("/openapi.json", reference.document),
             Route("/docs", reference.page),
         ],
-        middleware=[Middleware(RequestIds)],
+        middleware=[Middleware(RequestIds), Middleware(CountedApp, metrics=service.metrics)],
         exception_handlers={
             RequestError: on_request_error,
             HTTPException: on_http_exception,
         },
     )
     app.router.redirect_slashes = False
+    app.state.metrics = service.metrics
     return app
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchweave_ray.api.grammar import Wanted
 from torchweave_ray.api.grammar_checks import GrammarChecks
+from torchweave_ray.api.observe.metrics import HttpMetrics
 from torchweave_ray.api.running import RunningRequests
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.api.streams.records import StreamRecords
@@ -47,6 +48,7 @@ class Service:
         """`recall`: None where no other process has streams."""
         self.backend = backend
         self.settings = settings
+        self.metrics = HttpMetrics()
         self.running = RunningRequests()
         self.grammars = GrammarChecks()
         self.streams = StreamRecords()

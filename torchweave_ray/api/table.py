@@ -11,6 +11,7 @@ from torchweave_ray.api.anthropic.schema import CountBody, MessagesBody
 from torchweave_ray.api.endpoint import Endpoint
 from torchweave_ray.api.native.generate import NativeApi
 from torchweave_ray.api.native.schema import GenerateBody
+from torchweave_ray.api.observe.metrics import MetricsApi
 from torchweave_ray.api.openai.chat import ChatApi
 from torchweave_ray.api.openai.completions import CompletionsApi
 from torchweave_ray.api.openai.embeddings import EmbeddingsApi, EmbeddingsBody
@@ -52,12 +53,13 @@ def paths(service: Service, check_health: CheckHealth) -> list[Row]:
 def _about(service: Service, check_health: CheckHealth) -> list[Row]:
     status, tokens = StatusApi(service, check_health), TokensApi(service)
     models = ModelsApi(service, created=int(time.time()))
-    requests = RequestsApi(service)
+    requests, metrics = RequestsApi(service), MetricsApi(service.backend, service.metrics)
     tokenize = (TokenizeBody, TokenizeChatBody)
     return [
         (Operation("GET", "/health", "whether a request would be answered now"), status.health),
         (Operation("GET", "/readyz", "the same"), status.health),
         (Operation("GET", "/livez", "this process runs"), status.live),
+        (Operation("GET", "/metrics", "what Prometheus scrapes, of all replicas"), metrics.text),
         (Operation("GET", "/model", "the model served, and its limits"), status.model),
         (Operation("GET", "/v1/models", "the models served"), models.all),
         (Operation("GET", "/v1/models/{model_id:path}", "one of them"), models.one),

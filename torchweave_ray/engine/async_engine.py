@@ -38,6 +38,7 @@ from torchweave_ray.outputs import (
     Stats,
     merge_outputs,
 )
+from torchweave_ray.reported import Reported
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class AsyncEngine:
         self._closing = False
         self._death: BaseException | None = None
         self._last_beat = time.monotonic()
-        self._meter = Meter(stats_interval_s)
+        self.meter = Meter(stats_interval_s, info.id, engine)
 
     # On the loop.
 
@@ -157,6 +158,9 @@ class AsyncEngine:
 
     async def stats(self) -> dict[str, Stats]:
         return {self._info.id: self.snapshot()}
+
+    async def metrics(self) -> list[Reported]:
+        return [self.meter.metrics.report()]
 
     def snapshot(self) -> Stats:
         """Stats of this instant; counters may be a step apart."""
@@ -256,6 +260,7 @@ class AsyncEngine:
                     self._wait()
         except BaseException as error:
             logger.exception("the engine stopped")
+            self.meter.dump()
             self._death = error
             dead = EngineDead(f"the engine stopped: {error!r}")
             self._call_soon(partial(self._fail_all, dead))
@@ -264,10 +269,10 @@ class AsyncEngine:
         outputs = self._engine.step()
         if outputs:
             self._call_soon(partial(self._deliver, outputs))
-        self._meter.measure(self._engine)
+        self.meter.measure(outputs, time.monotonic() - self._last_beat)
 
     def _wait(self) -> None:
-        self._meter.pause()
+        self.meter.pause()
         arrived = self._wake.wait(_IDLE_BEAT_S)
         tick_s = self._limits.schedule_tick_ms / 1e3
         if arrived and tick_s and not self._closing:
@@ -282,6 +287,7 @@ class AsyncEngine:
         try:
             self._engine.add(request, is_bounded=True)
         except RequestError as error:
+            self.meter.refused(error)
             self._call_soon(partial(self._refuse, request.request_id, error))
 
     def _call_soon(self, action: Callable[[], None]) -> None:

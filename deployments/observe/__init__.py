@@ -1,0 +1,1 @@
+"""Metrics handed to Ray."""
