@@ -29,6 +29,8 @@ INGRESS_MARGIN_S = 30.0
 MAX_ONGOING_REQUESTS = 10_000
 """Serve queues nothing: the engine has the only queue, and refuses by its exact backlog."""
 ROUTING_STATS_PERIOD_S = 1.0
+LOGGING = {"encoding": "JSON", "enable_access_log": False}
+"""Of the log files; the terminal keeps plain lines."""
 MODEL_REPLICA = "ModelReplica:"
 WEIGHTS = "Weights:"
 SAME_LOOP = {
@@ -102,7 +104,7 @@ def _weights(config: ReplicaConfig) -> Application | None:
         name=f"{WEIGHTS}{config.model.name.replace('/', '--')}",
         ray_actor_options=_actor_options(0, 0),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        logging_config={"enable_access_log": False},
+        logging_config=LOGGING,
     )
     return owner.bind(config)
 
@@ -120,7 +122,7 @@ def _options(longest_stream_s: float) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 1.0,
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 20.0,
-        "logging_config": {"enable_access_log": False},
+        "logging_config": LOGGING,
     }
 
 

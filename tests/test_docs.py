@@ -27,7 +27,7 @@ from tests.smollm2 import staged_smollm2
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CORE = {"ray", "torch", "transformers", "starlette", "pydantic", "pytest", "requests"}
-WITH_RAY_SERVE = {"uvloop", "uvicorn"}
+WITH_RAY_SERVE = {"uvloop", "uvicorn", "opentelemetry"}
 """Imported where they are installed; ray[serve] brings them."""
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TOP = {"torchweave_ray", "deployments", "optimizer", "tests", "docs", "benchmarks", "configs"}

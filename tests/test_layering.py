@@ -45,7 +45,9 @@ DEPLOYMENTS_MAY = _ours(
 ) | {TW + "kernels.machine", "optimizer.task"}
 OPTIMIZER_MAY = _ours("models hf kernels attention errors")
 RULES = {
-    TW + "engine": _rule(f"{CONTRACTS} metrics config block_hash tokenizer", "torch transformers"),
+    TW + "engine": _rule(
+        f"{CONTRACTS} metrics tracing config block_hash tokenizer", "torch transformers"
+    ),
     TW + "runner": _rule(
         f"{CONTRACTS} engine.plan models attention kernels config", "transformers asyncio"
     ),
@@ -53,7 +55,7 @@ RULES = {
     TW + "hf": _rule("models attention kernels errors", "asyncio"),
     TW + "attention": _rule("kernels errors", "transformers asyncio"),
     TW + "kernels": _rule("attention.base errors", "transformers asyncio"),
-    TW + "api": _rule(f"{CONTRACTS} metrics tokenizer block_hash", "torch"),
+    TW + "api": _rule(f"{CONTRACTS} metrics tracing tokenizer block_hash", "torch"),
     TW + "bench": _rule(None, ""),
     TW + "cli": Rule(None, frozenset()),
     "torchweave_ray": _rule(None, ""),
@@ -77,6 +79,7 @@ LEAVES = (
     "config",
     "tokenizer",
     "metrics",
+    "tracing",
 )
 """What everybody may import must itself import nothing but leaves, and no torch."""
 
@@ -195,7 +198,7 @@ def test_the_walk_lets_a_right_import_pass(module: str, source: str) -> None:
         ("torchweave_ray.engine.plan", "torch ray transformers"),
         ("torchweave_ray.engine.scheduler", "torch ray transformers"),
         ("torchweave_ray.engine.async_engine", "torch ray transformers"),
-        ("torchweave_ray.api.app", "torch ray"),
+        ("torchweave_ray.api.app", "torch ray opentelemetry"),
         ("torchweave_ray.cli", "torch ray transformers"),
         ("torchweave_ray.bench.serving", "torch ray transformers"),
         ("deployments.app", "torch"),

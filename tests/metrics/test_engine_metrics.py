@@ -70,6 +70,8 @@ def test_refusals_and_aborts_are_counted() -> None:
                 await anext(engine.generate(make_request("third", 150)))
             await first.aclose()
             await second
+            await until(lambda: engine.snapshot().num_finished >= 1)
+            await asyncio.sleep(0.05)  # outputs are delivered before they are counted
             text = exposition(await engine.metrics()).decode()
         found = samples_of(text, "reason", "finished_reason")
         assert found["torchweave_admission_rejections_total", "queue_full,"] == 1

@@ -118,6 +118,8 @@ def test_tokens_really_go_by_the_bus(served: Served) -> None:
     assert "[Bus] replica tiny" in by_bus.read_text()
     assert "[Bus]" not in by_handle.read_text()
     assert "[Request] id=" in by_bus.read_text()
+    entries = [json.loads(line) for line in by_bus.read_text().splitlines()]
+    assert all({"asctime", "deployment", "replica", "message"} <= entry.keys() for entry in entries)
 
 
 def test_the_environment_reaches_the_builder(served: Served) -> None:

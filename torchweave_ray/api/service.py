@@ -21,6 +21,7 @@ from torchweave_ray.errors import InvalidRequest, Unavailable
 from torchweave_ray.outputs import Backend, GenerateRequest, ModelInfo, OutputKind
 from torchweave_ray.sampling_params import MAX_SEED, SamplingParams
 from torchweave_ray.tokenizer import Tokenizer
+from torchweave_ray.tracing import TRACEPARENT
 
 LoadTokenizer = Callable[[str], Awaitable[Tokenizer]]
 """By model id."""
@@ -148,6 +149,7 @@ class Service:
                     priority=priority,
                     output_kind=OutputKind.PROMPT_LOGPROBS if is_scored else OutputKind.TOKENS,
                     exclusive=exclusive,
+                    traceparent=TRACEPARENT.get(),
                 )
             )
         return requests

@@ -286,6 +286,7 @@ class AsyncEngine:
     def _add(self, request: GenerateRequest) -> None:
         try:
             self._engine.add(request, is_bounded=True)
+            self.meter.open(request)
         except RequestError as error:
             self.meter.refused(error)
             self._call_soon(partial(self._refuse, request.request_id, error))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchweave_ray.errors import RequestError
 from torchweave_ray.metrics import EngineMetrics, reason_of
-from torchweave_ray.outputs import RequestOutput, Stats
+from torchweave_ray.outputs import FinishReason, GenerateRequest, RequestOutput, Stats
+from torchweave_ray.tracing import tracing_from_environment
 
 if TYPE_CHECKING:
     from torchweave_ray.engine.engine import Engine
@@ -55,6 +56,8 @@ class Meter:
         self._start: tuple[float, Stats] | None = None
         self._last_token: dict[str, float] = {}
         """When each open request had its last token."""
+        self._tracing = tracing_from_environment()
+        self._traced: dict[str, GenerateRequest] = {}
         self._ended: deque[dict[str, Any]] = deque(maxlen=_MAX_REMEMBERED)
 
     def measure(self, outputs: Sequence[RequestOutput], seconds: float) -> None:
@@ -72,6 +75,11 @@ class Meter:
     def refused(self, error: RequestError) -> None:
         self.metrics.note_refusal(error.code or type(error).__name__)
 
+    def open(self, request: GenerateRequest) -> None:
+        """Its spans need what the request was."""
+        if self._tracing is not None:
+            self._traced[request.request_id] = request
+
     def pause(self) -> None:
         self._start = None
 
@@ -80,9 +88,9 @@ class Meter:
         now = time.monotonic()
         for request_id, at in self._last_token.items():
             entry = {"request_id": request_id, "s_since_last_token": round(now - at, 4)}
-            logger.error("[Recent] open: %s", json.dumps(entry))
-        for entry in self._ended:
-            logger.error("[Recent] ended: %s", json.dumps(entry))
+            logger.error("[Recent] open: %s", json.dumps(entry), extra=_of(request_id))
+        for ended in self._ended:
+            logger.error("[Recent] ended: %s", json.dumps(ended), extra=_of(ended["request_id"]))
 
     def _gap(self, outputs: Sequence[RequestOutput], now: float) -> float | None:
         """Mean time since the streams of this step had their last token."""
@@ -98,6 +106,9 @@ class Meter:
     def _end(self, output: RequestOutput) -> None:
         del self._last_token[output.request_id]
         self.metrics.note_request(output)
+        request = self._traced.pop(output.request_id, None)
+        if request is not None and self._tracing is not None:
+            self._tracing.note_request(request, output)
         usage, timings = output.usage, output.timings
         assert usage is not None
         entry: dict[str, Any] = {
@@ -111,6 +122,10 @@ class Meter:
             for name in ("queue_s", "ttft_s", "total_s"):
                 entry[name] = round(getattr(timings, name), 4)
         self._ended.append(entry)
+        level = logging.WARNING if entry["reason"] == FinishReason.ERROR else logging.DEBUG
+        if logger.isEnabledFor(level):
+            extra = _of(output.request_id)
+            logger.log(level, "[Request] ended: %s", json.dumps(entry), extra=extra)
 
     def _log(self, stats: Stats, now: float) -> None:
         assert self._start is not None
@@ -126,3 +141,8 @@ class Meter:
             100 * stats.kv_usage,
             generated,
         )
+
+
+def _of(request_id: str) -> dict[str, str]:
+    """For the log as JSON: the engine's thread is in no request's context."""
+    return {"request_id": request_id}

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from torchweave_ray.api.observe.traces import traced
 from torchweave_ray.metrics import CONTENT_TYPE, SECONDS, MetricSet, exposition
 from torchweave_ray.outputs import Backend
 from torchweave_ray.reported import Reported
@@ -48,7 +49,7 @@ class CountedApp:
     """Middleware: notes each answer when its first bytes of body are sent."""
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
-        self._app = app
+        self._app = traced(app)
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
