@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
+from torchweave_ray.api import playground
 from torchweave_ray.api.endpoint import Endpoint, RequestIds
 from torchweave_ray.api.errors import on_http_exception, on_request_error
 from torchweave_ray.api.observe.metrics import CountedApp
@@ -40,6 +41,8 @@ def create_app(
             *(_route(row, settings) for row in table),
             Route("/openapi.json", reference.document),
             Route("/docs", reference.page),
+            Route("/", playground.page),
+            Route("/playground/{name}", playground.asset),
         ],
         middleware=[Middleware(RequestIds), Middleware(CountedApp, metrics=service.metrics)],
         exception_handlers={
