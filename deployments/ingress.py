@@ -27,6 +27,7 @@ from deployments.bus.listener import BusListener
 from deployments.drain.gate import Gate, GatedApp
 from deployments.log import log_through_serve
 from deployments.observe.metrics import mirrored
+from deployments.request_id import SaidByServe
 from torchweave_ray.api.app import create_app
 from torchweave_ray.api.endpoint import check_session_id
 from torchweave_ray.api.grammar import wanted_of
@@ -82,6 +83,7 @@ class Ingress:
             self._check_health,
             self._backend.recall,
         )
+        self._app.user_middleware.insert(0, Middleware(SaidByServe))  # the outermost
         self._app.user_middleware.append(Middleware(GatedApp, gate=self._gate))  # the innermost
         self._watch = asyncio.create_task(self._backend.watch())
         counted = (self._app.state.metrics, self._backend.moves)

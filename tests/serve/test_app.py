@@ -176,6 +176,18 @@ def test_bad_requests_name_the_field(served: Served) -> None:
         assert (got, answer["error"]["param"]) == (status, param)
 
 
+@pytest.mark.parametrize("given", ["", "mine-1"])
+def test_an_answer_has_one_request_id(served: Served, given: str) -> None:
+    """Serve says it as well: a second one would make one strange id in clients that join them."""
+    headers = {"x-request-id": given} if given else {}
+    for path in ("/v1/models", "/nowhere"):
+        connection = http.client.HTTPConnection("127.0.0.1", served.bus.port, timeout=30)
+        connection.request("GET", path, headers=headers)
+        said = connection.getresponse().headers.get_all("x-request-id")
+        connection.close()
+        assert said == [given] if given else said is not None and len(said) == 1
+
+
 def test_the_ingress_has_no_torch(served: Served) -> None:
     (pid,) = cluster.replica_pids("Ingress")
     assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()

@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.serve._private.http_util import RequestIdMiddleware
 from starlette.middleware import Middleware
 
 from deployments.drain.gate import Gate, GatedApp
+from deployments.request_id import SaidByServe
 from tests.fakes import FakeBackend, Script
 from torchweave_ray.api.app import create_app
 from torchweave_ray.errors import Unavailable
@@ -97,5 +99,28 @@ def test_a_stream_says_that_its_numerics_have_changed(path: str) -> None:
         )
         assert "Gravity" in "".join(lines[:said])
         assert "pulls" in "".join(lines[said:])
+
+    asyncio.run(asyncio.wait_for(body(), 10))
+
+
+@pytest.mark.parametrize(("given", "num_ids"), [("", 1), ("mine-1", 1), ("not one of ours", 2)])
+def test_serve_and_we_say_one_request_id(given: str, num_ids: int) -> None:
+    """Clients join headers of one name; an id that we would not log is answered beside ours."""
+
+    async def body() -> None:
+        backend = FakeBackend()
+
+        async def load(model: str) -> Tokenizer:
+            return backend.tokenizer
+
+        app = create_app(backend, load)
+        app.user_middleware.insert(0, Middleware(SaidByServe))
+        transport = httpx.ASGITransport(RequestIdMiddleware(app))
+        headers = {"x-request-id": given} if given else {}
+        async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+            for path in ("/v1/models", "/nowhere"):
+                said = (await client.get(path, headers=headers)).headers.get_list("x-request-id")
+                assert len(said) == num_ids
+                assert not given or given in said
 
     asyncio.run(asyncio.wait_for(body(), 10))
