@@ -126,9 +126,12 @@ class EventIds:
     places: list[Place]
     num_events: int = 0
     _shown: list[str] = field(init=False)
+    _head: str = field(init=False)
+    """What every id begins with."""
 
     def __post_init__(self) -> None:
         self._shown = [str(place) for place in self.places]
+        self._head = f"id: {self.stream_id}:"
 
     def advance(self, choice: int, delta: ChoiceDelta) -> None:
         place = self.places[choice]
@@ -136,8 +139,11 @@ class EventIds:
         self._shown[choice] = str(place)
 
     def mark_one(self, event: bytes) -> bytes:
-        """An event that shows all of a part."""
-        return self._id().encode() + event
+        """An event that shows all of a part. Most do, so this is `_id` without its calls."""
+        self.num_events = number = self.num_events + 1
+        shown = self._shown
+        places = shown[0] if len(shown) == 1 else ",".join(shown)
+        return f"{self._head}{number}:{places}\n".encode() + event
 
     def mark(self, chunk: bytes, part: Part, num_had: int = 0) -> bytes:
         """The events that show a part, without the first `num_had`: the last needs no more than
@@ -158,7 +164,7 @@ class EventIds:
 
     def _id(self, suffix: str = "") -> str:
         self.num_events += 1
-        return f"id: {self.stream_id}:{self.num_events}:{','.join(self._shown)}{suffix}\n"
+        return f"{self._head}{self.num_events}:{','.join(self._shown)}{suffix}\n"
 
 
 def _cut(chunk: bytes) -> list[bytes]:
