@@ -19,7 +19,9 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.backend.attempts import ModelClient
 from deployments.backend.ray_backend import RayBackend
@@ -27,7 +29,6 @@ from deployments.bus.listener import BusListener
 from deployments.drain.gate import Gate, GatedApp
 from deployments.log import log_through_serve
 from deployments.observe.metrics import mirrored
-from deployments.request_id import SaidByServe
 from torchweave_ray.api.app import create_app
 from torchweave_ray.api.endpoint import check_session_id
 from torchweave_ray.api.grammar import wanted_of
@@ -176,6 +177,30 @@ class Ingress:
                 await asyncio.sleep(1.0)
             else:
                 return await asyncio.to_thread(tokenizer.warm)
+
+
+class SaidByServe:
+    """Middleware, the outermost: an answer has one x-request-id. Serve gives every request one, or
+    keeps the client's, and repeats it behind ours; only an id that differs, in place of one that we
+    would not log, is left."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        said = Headers(scope=scope).get("x-request-id")
+
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if said is not None and headers.get("x-request-id") == said:
+                    del headers["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without)
 
 
 def _deadline(milliseconds: int | None) -> Deadline | None:

@@ -12,7 +12,7 @@ from ray.serve._private.http_util import RequestIdMiddleware
 from starlette.middleware import Middleware
 
 from deployments.drain.gate import Gate, GatedApp
-from deployments.request_id import SaidByServe
+from deployments.ingress import SaidByServe
 from tests.fakes import FakeBackend, Script
 from torchweave_ray.api.app import create_app
 from torchweave_ray.errors import Unavailable
