@@ -132,3 +132,11 @@ def test_an_address_that_is_none_is_one_line(option: str) -> None:
     result = _run("bench", "serving", option, "localhost:8000")
     assert result.exit_code == 1
     assert "not an http:// or https:// address" in str(result.exception)
+
+
+def test_the_shell_is_told_the_commands() -> None:
+    """What bash asks when Tab is pressed behind `torchweave be`."""
+    words = {"COMP_WORDS": "torchweave be", "COMP_CWORD": "1"}
+    env = {**words, "_TORCHWEAVE_COMPLETE": "complete_bash"}
+    result = CliRunner(env=env).invoke(build_app(), [], prog_name="torchweave")
+    assert result.stdout.split() == ["bench"]

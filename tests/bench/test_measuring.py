@@ -27,6 +27,9 @@ def test_a_point_from_two_requests_by_hand() -> None:
     assert point.output_tok_s == 3.0
     assert point.ttft_ms is not None
     assert point.ttft_ms.p50 == pytest.approx(300.0)
+    assert point.ttft_ms.p90 == pytest.approx(380.0)
+    assert point.ttft_ms.p95 == pytest.approx(390.0)
+    assert point.ttft_ms.p99 == pytest.approx(398.0)
     assert point.itl_ms is not None
     assert point.itl_ms.mean == pytest.approx(800.0)  # 0.2, 0.4 and 1.8 s
     assert point.tpot_ms is not None

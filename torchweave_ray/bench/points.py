@@ -31,6 +31,8 @@ class Percentiles:
 
     mean: float
     p50: float
+    p90: float
+    p95: float
     p99: float
 
 
@@ -111,7 +113,7 @@ def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
         return None
     ordered = sorted(seconds)
     mean = sum(ordered) / len(ordered)
-    return Percentiles(1e3 * mean, 1e3 * quantile(ordered, 0.5), 1e3 * quantile(ordered, 0.99))
+    return Percentiles(1e3 * mean, *(1e3 * quantile(ordered, q) for q in (0.5, 0.9, 0.95, 0.99)))
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:

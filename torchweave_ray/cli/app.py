@@ -23,7 +23,6 @@ def build_app() -> typer.Typer:
         name="torchweave",
         help="LLM inference: Ray Serve in front, continuous batching behind.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
     app.command()(serve)
