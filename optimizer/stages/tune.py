@@ -37,8 +37,12 @@ RESULT = "tuning.json"
 _THREADS_SHARE = 0.3
 """Of the budget, for the number of threads; the rest is for steps with the best one."""
 _WORTH_IT = 0.97
-"""Fewer threads are taken if they need at most this share of the time of all: the others are then
-in each other's way. Smaller chunks and batches, if they reach this share of the best speed."""
+"""The smallest chunk counts that reaches this share of the best speed."""
+_CLEARLY_FASTER = 0.85
+"""Fewer threads are taken if they need at most this share of the time of all: a busy machine makes
+them look some percent faster, and on a quiet one they would cost a multiple of that."""
+_SETTINGS: tuple[Batch, ...] = CHUNKS[2:]
+"""Chunks that may become the limit of a step: smaller ones save nobody any waiting."""
 _PROBES: tuple[Batch, ...] = (DECODES[0], DECODES[3], CHUNKS[2])
 
 _LOG = logging.getLogger("torchweave.optimizer")
@@ -90,7 +94,7 @@ class TuneStage:
         return {
             "fingerprint": fingerprint(model.executor_name, threads),
             "step_cost": dataclasses.asdict(cost),
-            "max_num_batched_tokens": knee(_speeds(steps, CHUNKS)),
+            "max_num_batched_tokens": knee(_speeds(steps, _SETTINGS)),
             "decode_tokens_per_s": _speeds(steps, DECODES),
             "prompt_tokens_per_s": _speeds(steps, CHUNKS),
             "threads_ms": {
@@ -111,7 +115,7 @@ def choose_threads(probed: Mapping[int, Mapping[Batch, MeasuredStep]]) -> int:
         for threads, steps in probed.items()
     }
     best = min(ratios, key=lambda threads: ratios[threads])
-    return best if ratios[best] <= _WORTH_IT else most
+    return best if ratios[best] <= _CLEARLY_FASTER else most
 
 
 def knee(speeds: Mapping[str, float]) -> int | None:

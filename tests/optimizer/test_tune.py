@@ -115,8 +115,8 @@ def test_fewer_threads_must_be_clearly_faster() -> None:
     def probed(ms: float) -> dict[Any, MeasuredStep]:
         return {batch: MeasuredStep(1, 1.0, ms) for batch in ("a", "b")}
 
-    assert choose_threads({4: probed(10.0), 2: probed(9.8)}) == 4
-    assert choose_threads({4: probed(10.0), 2: probed(9.0)}) == 2
+    assert choose_threads({4: probed(10.0), 2: probed(9.2)}) == 4
+    assert choose_threads({4: probed(10.0), 2: probed(8.0)}) == 2
     assert choose_threads({4: probed(10.0)}) == 4
 
 
