@@ -30,7 +30,7 @@ export function stems(box, series, xLabel, yLabel) {
 }
 
 function frame(points, xLabel, yLabel) {
-  const most = (index) => nice(Math.max(...points.map((p) => p[index]), 1e-6));
+  const most = (index) => nice(Math.max(0, ...points.map((p) => p[index])) || 1);
   const [mostX, mostY] = [most(0), most(1)];
   const x = (value) => LEFT + (value / mostX) * (WIDTH - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - (value / mostY) * (HEIGHT - BOTTOM - TOP);

@@ -70,12 +70,12 @@ async function send(text) {
   const answer = await receive(body, own);
   running = null;
   busy(false);
-  // A question that was refused leaves the conversation as it was, and may be mended.
+  // A question without an answer leaves the conversation as it was, and may be mended.
   if (answer === null) {
     question.remove();
     $("empty").hidden = conversation.length > 0;
     $("prompt").value = text;
-  } else if (conversation !== null && question.isConnected) {
+  } else {
     conversation.push({ role: "user", content: text }, { role: "assistant", content: answer });
   }
   $("prompt").focus();
@@ -132,13 +132,13 @@ async function receive(body, own) {
     say(`Answer: ${text}`);
     return text;
   } catch (error) {
-    if (own.controller.signal.aborted) {
+    if (own.controller.signal.aborted && text) {
       draw();
       note(node, "Stopped.");
       say("The answer was stopped.");
       return text;
     }
-    fail(inWords(error));
+    if (!own.controller.signal.aborted) fail(inWords(error));
     if (text) {
       draw();
       note(node, "Incomplete.");
