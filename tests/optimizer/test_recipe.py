@@ -164,7 +164,7 @@ def test_what_a_quantization_says_of_a_model() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["smollm2-135m", "smollm2-135m-int8", "smollm2-135m-int8-gptq", "smollm2-135m-int4"],
+    ["smollm2-135m", "smollm2-135m-int8", "smollm2-135m-int4"],
 )
 def test_embedded_recipes_are_of_one_source(name: str) -> None:
     recipe, default = resolve_recipe(name), resolve_recipe(DEFAULT_RECIPE)
