@@ -49,7 +49,8 @@ def recount(engine: Engine) -> int:
             state.needs_prompt_logprobs
         )
         if seq.is_waiting and request.output_kind is not OutputKind.POOLED and not is_scored:
-            if source is not None and source.num_submitted_tokens >= seq.num_prompt_tokens - 1:
+            is_whole = source is not None and source.num_dropped_blocks == 0
+            if is_whole and source.num_submitted_tokens >= seq.num_prompt_tokens - 1:
                 left -= seq.num_prompt_tokens - 1
             else:
                 left -= cached_tokens(engine, request, seq.token_ids)
