@@ -121,7 +121,7 @@ def test_the_backlog_of_random_workloads_is_what_a_recount_gives(batch: int) -> 
         preemptions += stats.num_preemptions
         hits += stats.num_prefix_hit_tokens
         forks += sum(request.n > 1 for request in workload.requests)
-    assert min(refused, preemptions, hits, forks) > 50, "these meet nothing"
+    assert min(refused, preemptions, hits, forks) > 25, "these meet nothing"
 
 
 def test_what_the_prefix_cache_has_is_no_backlog() -> None:
