@@ -1,6 +1,6 @@
 """What metrics cost: tokens a second with them and without, turn about in one process beside Ray.
 
-Backs the figure of docs/metrics.md: `metrics_cost.py ARTIFACT [--save]`. "On" is what a replica
+`metrics_cost.py ARTIFACT [--save]`. "On" is what a replica
 does: the meter in every step, and Ray's copy of it once a second.
 """
 
