@@ -1,6 +1,6 @@
 """What reading a stream costs the client: ours, httpx and aiohttp on the same server-sent chunks.
 
-Backs the choice of torchweave_ray/bench/http_client.py; needs aiohttp and httpx. Run it with
+Backs the choice of torchweave_ray/bench/load/http_client.py; needs aiohttp and httpx. Run it with
 `--save` to write a results file.
 """
 
@@ -19,7 +19,7 @@ import aiohttp
 import httpx
 import uvloop
 
-from torchweave_ray.bench.http_client import Connection
+from torchweave_ray.bench.load.http_client import Connection
 from torchweave_ray.bench.origin import save_results
 
 STREAMS, REQUESTS, CHUNKS, INTERVAL_S = 16, 48, 128, 0.01

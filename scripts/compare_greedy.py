@@ -25,8 +25,8 @@ from optimizer.measuring import quality
 from optimizer.measuring.model import make_inputs
 from torchweave_ray.attention.base import LayerKV
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
+from torchweave_ray.bench.load.prompts import PromptSource
 from torchweave_ray.bench.origin import describe_machine, save_results
-from torchweave_ray.bench.prompts import PromptSource
 from torchweave_ray.cli.artifact import artifact_of
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.artifact import verify_artifact

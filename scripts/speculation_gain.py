@@ -14,11 +14,11 @@ from typing import Annotated
 
 import typer
 
-import torchweave_ray.bench.prompts as code_of_prompts
+import torchweave_ray.bench.load.prompts as code_of_prompts
 import torchweave_ray.engine.budget as code_of_budget
 from optimizer.measuring import quality
+from torchweave_ray.bench.load.prompts import PromptSource
 from torchweave_ray.bench.origin import save_results
-from torchweave_ray.bench.prompts import PromptSource
 from torchweave_ray.build import LoadedModel, build_engine, load_model
 from torchweave_ray.cli.artifact import artifact_of
 from torchweave_ray.config import EngineConfig, SpeculationConfig

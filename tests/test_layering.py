@@ -200,7 +200,7 @@ def test_the_walk_lets_a_right_import_pass(module: str, source: str) -> None:
         ("torchweave_ray.engine.async_engine", "torch ray transformers"),
         ("torchweave_ray.api.app", "torch ray opentelemetry"),
         ("torchweave_ray.cli", "torch ray transformers"),
-        ("torchweave_ray.bench.serving", "torch ray transformers"),
+        ("torchweave_ray.bench.load.serving", "torch ray transformers"),
         ("deployments.app", "torch"),
         ("optimizer.recipe", "torch ray transformers"),
     ],

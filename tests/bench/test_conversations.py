@@ -6,8 +6,8 @@ from typing import Any
 
 from tests.bench.fake_server import FakeServer
 from torchweave_ray.bench.conversations import ConversationsConfig, Round, _measured, hold
-from torchweave_ray.bench.points import RequestRecord
-from torchweave_ray.bench.serving import openai_target, run_in_loop
+from torchweave_ray.bench.load.targets import openai_target, run_in_loop
+from torchweave_ray.bench.report.points import RequestRecord
 
 CONFIG = ConversationsConfig(
     conversations=3, turns=4, first_len=8, turn_len=3, output_len=2, pause_s=0.001, seed=5

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchweave_ray.bench.http_client import Connection, HTTPFailure, ResponseParser
+from torchweave_ray.bench.load.http_client import Connection, HTTPFailure, ResponseParser
 
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

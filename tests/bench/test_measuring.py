@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from torchweave_ray.bench.origin import describe_machine, memory_bytes, save_results
-from torchweave_ray.bench.points import RequestRecord, quantile, summarize
 from torchweave_ray.bench.process_tree import ProcessTree
-from torchweave_ray.bench.tables import failures, points_table
+from torchweave_ray.bench.report.points import RequestRecord, quantile, summarize
+from torchweave_ray.bench.report.tables import failures, points_table
 
 
 def test_a_point_from_two_requests_by_hand() -> None:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.bench.fake_server import FakeServer
+from torchweave_ray.bench.load.targets import BenchmarkError, openai_target, run_in_loop
 from torchweave_ray.bench.scenarios import (
     InterferenceConfig,
     Outcome,
@@ -17,7 +18,6 @@ from torchweave_ray.bench.scenarios import (
     measure_interference,
     measure_prefix,
 )
-from torchweave_ray.bench.serving import BenchmarkError, openai_target, run_in_loop
 from torchweave_ray.cli.app import build_app
 
 

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fake_server import FakeServer
-from torchweave_ray.bench.dialects import BadAnswer, Completions, events
-from torchweave_ray.bench.http_client import Exchange
-from torchweave_ray.bench.points import Point
-from torchweave_ray.bench.prompts import WORDS, PromptSource
-from torchweave_ray.bench.serving import (
+from torchweave_ray.bench.load.dialects import BadAnswer, Completions, events
+from torchweave_ray.bench.load.http_client import Exchange
+from torchweave_ray.bench.load.prompts import WORDS, PromptSource
+from torchweave_ray.bench.load.serving import ServingConfig, run_benchmark
+from torchweave_ray.bench.load.targets import (
     BenchmarkError,
-    ServingConfig,
     native_target,
     openai_target,
-    run_benchmark,
     run_in_loop,
 )
+from torchweave_ray.bench.report.points import Point
 
 
 def _measure(server: FakeServer, config: ServingConfig, kind: str = "completions") -> list[Point]:

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.bench import process_tree, startup
+from torchweave_ray.bench.load.targets import BenchmarkError
 from torchweave_ray.bench.process_tree import Memory, ProcessTree, memory_of, wait_until_calm
 from torchweave_ray.bench.server_process import RunningServer, ServerFailed, started_server
-from torchweave_ray.bench.serving import BenchmarkError
 from torchweave_ray.cli.app import build_app
 
 HTTP_SERVER = """

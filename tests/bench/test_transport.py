@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from torchweave_ray.bench.serving import run_in_loop
+from torchweave_ray.bench.load.targets import run_in_loop
 from torchweave_ray.bench.transport.echo import ECHO_ENGINE, byte_tokenizer, load_echo
 from torchweave_ray.bench.transport.measure import ROUTES, TransportConfig, measure
 from torchweave_ray.build import build_engine

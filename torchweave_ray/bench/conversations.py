@@ -18,13 +18,10 @@ from typing import Any
 
 import yaml
 
-from torchweave_ray.bench.dialects import events
-from torchweave_ray.bench.http_client import Connection, Exchange
-from torchweave_ray.bench.points import Point, RequestRecord, summarize
-from torchweave_ray.bench.process_tree import ProcessTree, wait_until_calm
-from torchweave_ray.bench.prompts import PromptSource
-from torchweave_ray.bench.server_process import started_server
-from torchweave_ray.bench.serving import (
+from torchweave_ray.bench.load.dialects import events
+from torchweave_ray.bench.load.http_client import Connection, Exchange
+from torchweave_ray.bench.load.prompts import PromptSource
+from torchweave_ray.bench.load.targets import (
     BenchmarkError,
     Failure,
     Target,
@@ -33,6 +30,9 @@ from torchweave_ray.bench.serving import (
     run_in_loop,
     send,
 )
+from torchweave_ray.bench.process_tree import ProcessTree, wait_until_calm
+from torchweave_ray.bench.report.points import Point, RequestRecord, summarize
+from torchweave_ray.bench.server_process import started_server
 from torchweave_ray.bench.startup import serve_options
 
 ROUTERS = ("prefix", "default")

@@ -23,7 +23,7 @@ def main() -> None:
         parts[part] = now - last
         last = now
 
-    from torchweave_ray.bench.prompts import PromptSource
+    from torchweave_ray.bench.load.prompts import PromptSource
     from torchweave_ray.llm import LLM
     from torchweave_ray.sampling_params import SamplingParams
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from torchweave_ray.bench.dialects import Prompt
-from torchweave_ray.bench.http_client import Connection, Exchange
-from torchweave_ray.bench.points import Point, RequestRecord, summarize
-from torchweave_ray.bench.prompts import PromptSource
-from torchweave_ray.bench.serving import BenchmarkError, Failure, Target, read, send
+from torchweave_ray.bench.load.dialects import Prompt
+from torchweave_ray.bench.load.http_client import Connection, Exchange
+from torchweave_ray.bench.load.prompts import PromptSource
+from torchweave_ray.bench.load.targets import BenchmarkError, Failure, Target, read, send
+from torchweave_ray.bench.report.points import Point, RequestRecord, summarize
 
 FIRST_CHUNKS = 4
 """A stream runs once so many pieces of it have arrived."""

@@ -18,15 +18,10 @@ from typing import Any
 
 import yaml
 
+from torchweave_ray.bench.load.serving import ServingConfig, run_benchmark
+from torchweave_ray.bench.load.targets import BenchmarkError, openai_target, run_in_loop
 from torchweave_ray.bench.process_tree import ProcessTree, memory_of
 from torchweave_ray.bench.server_process import RunningServer, started_server
-from torchweave_ray.bench.serving import (
-    BenchmarkError,
-    ServingConfig,
-    openai_target,
-    run_benchmark,
-    run_in_loop,
-)
 
 PROFILES: Mapping[str, tuple[str, ...]] = {"default": ("--no-haproxy",), "haproxy": ()}
 """Options of `torchweave serve`: Ray Serve's own proxy, and HAProxy."""

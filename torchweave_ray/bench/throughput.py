@@ -1,6 +1,6 @@
 """The closed loop inside one process: the engine's speed, with no HTTP and no Ray.
 
-The work and the points are those of `bench.serving`, so the two compare line by line.
+The work and the points are those of `bench.load.serving`, so the two compare line by line.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchweave_ray.bench.points import Point, RequestRecord, summarize
-from torchweave_ray.bench.prompts import PromptSource
+from torchweave_ray.bench.load.prompts import PromptSource
+from torchweave_ray.bench.report.points import Point, RequestRecord, summarize
 from torchweave_ray.build import LoadedModel, build_engine, load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from torchweave_ray.api.app import create_app
-from torchweave_ray.bench.serving import run_in_loop
+from torchweave_ray.bench.load.targets import run_in_loop
 from torchweave_ray.bench.transport.echo import ECHO_ENGINE, load_echo
 from torchweave_ray.build import build_engine
 from torchweave_ray.engine.async_engine import AsyncEngine

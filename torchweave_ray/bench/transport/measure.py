@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 
-from torchweave_ray.bench.points import Point
+from torchweave_ray.bench.load.serving import ServingConfig, run_benchmark
+from torchweave_ray.bench.load.targets import openai_target, run_in_loop
 from torchweave_ray.bench.process_tree import ProcessTree
+from torchweave_ray.bench.report.points import Point
 from torchweave_ray.bench.server_process import RunningServer, started_server
-from torchweave_ray.bench.serving import ServingConfig, openai_target, run_benchmark, run_in_loop
 
 IDLE_S = 3.0
 LONE_REQUESTS = 16

@@ -37,7 +37,7 @@ def kernels(
 
     from torchweave_ray.bench.kernels import FORMATS, SHAPES, measure_ceilings, measure_products
     from torchweave_ray.bench.origin import describe_machine
-    from torchweave_ray.cli.bench import positive_numbers
+    from torchweave_ray.cli.bench.options import positive_numbers
     from torchweave_ray.kernels.library import KernelsUnavailable, load_library
 
     chosen = model or list(SHAPES)

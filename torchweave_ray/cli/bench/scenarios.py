@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from torchweave_ray.cli.bench import (
+from torchweave_ray.cli.bench.options import (
     DEFAULT_URL,
     RESULTS,
     InputLen,
@@ -42,8 +42,8 @@ def prefix(
     results: Results = RESULTS,
 ) -> None:
     """Measure what the prefix cache saves: TTFT of a shared prefix, computed and remembered."""
+    from torchweave_ray.bench.load.targets import run_in_loop
     from torchweave_ray.bench.scenarios import PrefixConfig
-    from torchweave_ray.bench.serving import run_in_loop
 
     config = PrefixConfig(
         prefix_len, input_len, rounds=rounds, seed=new_seed(seed), tokenizer=tokenizer
@@ -71,8 +71,8 @@ def interference(
 
     Both beside an idle server's: one client, the same prompt length.
     """
+    from torchweave_ray.bench.load.targets import run_in_loop
     from torchweave_ray.bench.scenarios import InterferenceConfig
-    from torchweave_ray.bench.serving import run_in_loop
 
     config = InterferenceConfig(
         long_len,
@@ -92,8 +92,8 @@ def interference(
 async def _measure(
     url: str, model: str | None, config: PrefixConfig | InterferenceConfig
 ) -> Outcome:
+    from torchweave_ray.bench.load.targets import openai_target
     from torchweave_ray.bench.scenarios import PrefixConfig, measure_interference, measure_prefix
-    from torchweave_ray.bench.serving import openai_target
 
     target = await openai_target(url, "completions", model)
     if isinstance(config, PrefixConfig):

@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from torchweave_ray.cli.artifact import Model, artifact_of
-from torchweave_ray.cli.bench import RESULTS, Results, Save, Seed, new_seed, print_table, save
+from torchweave_ray.cli.bench.options import (
+    RESULTS,
+    Results,
+    Save,
+    Seed,
+    new_seed,
+    print_table,
+    save,
+)
 
 
 def routing(

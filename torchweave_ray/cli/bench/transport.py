@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from torchweave_ray.cli.bench import (
+from torchweave_ray.cli.bench.options import (
     RESULTS,
     Concurrency,
     Results,

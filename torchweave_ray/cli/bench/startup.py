@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchweave_ray.cli.artifact import EngineFile, Model, artifact_of, read_engine_options
-from torchweave_ray.cli.bench import RESULTS, Results, Save, save
+from torchweave_ray.cli.bench.options import RESULTS, Results, Save, save
 
 if TYPE_CHECKING:
     from torchweave_ray.bench.startup import Line

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from torchweave_ray.bench.points import Percentiles, Point
+from torchweave_ray.bench.report.points import Percentiles, Point
 
 
 def points_table(points: Sequence[Point]) -> Table:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torchweave_ray.bench.http_client import Exchange
+from torchweave_ray.bench.load.http_client import Exchange
 
 Prompt = str | list[int]
 
