@@ -37,6 +37,7 @@ with bounded loads, Mirrokni et al. 2018)."""
 ANCHOR_TOKENS = 64
 """A prompt's home is that of its first tokens: later turns of a conversation keep it."""
 NUM_SESSIONS = 10_000
+NUM_PLACED = 10_000
 CAPACITY_TOKENS = 100_000
 """Of a replica's cache, until it has said how much it holds."""
 SUSPECT_S = 5.0
@@ -146,6 +147,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
         self._suspects: dict[ReplicaID, float] = {}
         self._chosen: Counter[ReplicaID] = Counter()
         """Counted as load when they were chosen, not sent yet."""
+        self.placed: OrderedDict[str, str] = OrderedDict()
+        """Of the last requests, by their ids, the replica that each was sent to."""
 
     async def choose_replicas(
         self,
@@ -159,6 +162,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
         views = [self._view(id_, replica, hint) for id_, replica in by_id.items()]
         num_tokens = hint.num_tokens if hint is not None else 0
         ids = rank(views, num_tokens, _anchor(hint))
+        self._place(pending_request, ids[0])
         if pending_request is not None and not pending_request.routing_context.should_backoff:
             # Else Serve asks again and again without a pause.
             pending_request.routing_context.should_backoff = True
@@ -184,6 +188,12 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
         self.replica_queue_len_cache.update(replica_id, self._load(replica) + 1)
         if hint is not None:
             self._remember(replica_id, replica, hint)
+
+    def _place(self, pending_request: PendingRequest | None, replica: str) -> None:
+        if request_id := getattr(_request(pending_request), "request_id", ""):
+            self.placed[request_id] = replica
+            if len(self.placed) > NUM_PLACED:
+                self.placed.popitem(last=False)
 
     def _remember(
         self, replica_id: ReplicaID, replica: RunningReplica | None, hint: RoutingHint
@@ -251,8 +261,12 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
 
 def _hint(pending_request: PendingRequest | None) -> RoutingHint | None:
     """The RoutingHint of a generate call; None for other calls."""
+    return getattr(_request(pending_request), "routing", None)
+
+
+def _request(pending_request: PendingRequest | None) -> Any:
     args: Iterable[Any] = pending_request.args if pending_request is not None else ()
-    return getattr(next(iter(args), None), "routing", None)
+    return next(iter(args), None)
 
 
 def _anchor(hint: RoutingHint | None) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
-from deployments.backend.fleet import Fleet, running_replicas
+from deployments.backend.fleet import Fleet, placed_on, running_replicas
 from deployments.bus.listener import DEAD_AFTER_S, BusListener, IncomingStream
 from deployments.calls import Alive, BusFailed, EngineFailed, Finished, Refused
 from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
@@ -111,15 +111,15 @@ async def over_bus(
                 if not any(delta.finish_reason for delta in output.deltas):
                     await pace()
             elif stream.lost:
-                raise Lost("the bus connection is gone")
+                raise Lost("the bus connection is gone", _replica(stream))
             elif not call.done():
                 if stream.connection is not None:
                     await stream.wait()
                 elif not await stream.wait(DEAD_AFTER_S) and stream.connection is None:
-                    _not_taken(client, request, sent_at)
+                    _not_taken(client, client.generate, request, sent_at)
             elif not await stream.wait(tail_timeout_s):
                 # Frames may come after the call has returned, but on a live bus they come soon.
-                raise Lost("the last frames never came")
+                raise Lost("the last frames never came", _replica(stream))
     finally:
         if stream.connection is not None:
             taken_by(stream.connection.alive)
@@ -203,18 +203,23 @@ async def _first(client: ModelClient, request: GenerateRequest, items: AsyncIter
     first = asyncio.ensure_future(anext(items, None))
     try:
         while not (await asyncio.wait([first], timeout=DEAD_AFTER_S))[0]:
-            _not_taken(client, request, sent_at)
+            _not_taken(client, client.generate_stream, request, sent_at)
         return first.result()
     finally:
         first.cancel()
 
 
-def _not_taken(client: ModelClient, request: GenerateRequest, sent_at: float) -> None:
+def _not_taken(client: ModelClient, handle: Any, request: GenerateRequest, sent_at: float) -> None:
     """Serve itself would wait for ever, also when the deployment is deleted meanwhile."""
     if client.fleet.running():
-        raise Lost(f"no replica has taken it within {DEAD_AFTER_S:g} s")
+        silent = placed_on(handle, request.request_id)
+        raise Lost(f"no replica has taken it within {DEAD_AFTER_S:g} s", silent)
     if time.monotonic() - sent_at > START_S:
         raise Unavailable(f"no replica of {request.model} runs", None, None, 5.0)
+
+
+def _replica(stream: IncomingStream) -> str:
+    return stream.connection.alive.replica if stream.connection is not None else ""
 
 
 def _finished(

@@ -14,6 +14,9 @@ from deployments.calls import Alive
 
 MOVE_AFTER_SHARE = 0.9
 """Of the time that a stopping replica has: what still runs then would outlive it."""
+SUSPECT_S = 10.0
+"""How long nothing goes, if it can be helped, to one that did not answer: longer than Serve
+takes to find out."""
 
 
 class Fleet:
@@ -31,6 +34,7 @@ class Fleet:
         self._clock = clock
         self._known: frozenset[str] = frozenset()
         self._left_at: dict[str, float] = {}
+        self._suspected_at: dict[str, float] = {}
         self._numerics: Mapping[str, str] = {}
         """Of the replicas that could take over, as last asked."""
 
@@ -50,6 +54,18 @@ class Fleet:
     def note(self, alive: Sequence[Alive]) -> None:
         self._numerics = {each.replica: each.numerics_id for each in alive}
 
+    def suspect(self, replica: str) -> None:
+        """It was lost with a request, or never took one; "": nobody knows which."""
+        if replica:
+            self._suspected_at[replica] = self._clock()
+
+    def suspects(self) -> tuple[str, ...]:
+        now = self._clock()
+        for replica, at in list(self._suspected_at.items()):
+            if now - at >= SUSPECT_S:
+                del self._suspected_at[replica]
+        return tuple(self._suspected_at)
+
     def must_move(self, stream_of: Alive) -> bool:
         """Whether a stream of that replica goes on better elsewhere."""
         return self._is_due(stream_of.replica) and any(
@@ -68,9 +84,18 @@ def running_replicas(handles: Sequence[Any]) -> frozenset[str]:
 
     Serve's public API tells a number of replicas only.
     """
-    for handle in handles:
-        router = getattr(getattr(handle, "_router", None), "_asyncio_router", None)
-        request_router = getattr(router, "request_router", None)
-        if request_router is not None:
-            return frozenset(each.unique_id for each in request_router.curr_replicas)
+    for router in map(_request_router, handles):
+        if router is not None:
+            return frozenset(each.unique_id for each in router.curr_replicas)
     return frozenset()
+
+
+def placed_on(handle: Any, request_id: str) -> str:
+    """The replica that a request was last sent to, whether or not that took it; "": not known."""
+    router = _request_router(handle)
+    return "" if router is None else router.placed.get(request_id, "")
+
+
+def _request_router(handle: Any) -> Any:
+    router = getattr(getattr(handle, "_router", None), "_asyncio_router", None)
+    return getattr(router, "request_router", None)

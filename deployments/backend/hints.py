@@ -24,4 +24,5 @@ def with_hint(request: GenerateRequest, info: ModelInfo | None) -> GenerateReque
 def avoiding(request: GenerateRequest, *replicas: str) -> GenerateRequest:
     """The request, to be routed elsewhere where that is possible."""
     assert request.routing is not None, "requests get their hint before they are tried"
-    return replace(request, routing=replace(request.routing, avoid=replicas))
+    avoid = tuple(dict.fromkeys(replicas))
+    return replace(request, routing=replace(request.routing, avoid=avoid))

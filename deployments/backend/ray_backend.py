@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import fields, replace
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.backend.attempts import (
@@ -22,6 +22,7 @@ from deployments.backend.attempts import (
     over_bus,
     over_handle,
 )
+from deployments.backend.descriptions import Descriptions
 from deployments.backend.hints import avoiding, with_hint
 from deployments.backend.progress import Progress
 from deployments.bus.listener import BusListener
@@ -63,12 +64,14 @@ class RayBackend:
         self._resume_wait_s = resume_wait_s
         self._num_open = 0
         self.moves = Moves()
-        self._descriptions: dict[str, asyncio.Task[Description]] = {}
+        self._descriptions = Descriptions(clients)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestOutput]:
         """Outputs until one `is_last`; raises RequestError when refused or lost for good."""
         client = self._client(request.model)
-        request = with_hint(request, self._info(request.model))
+        request = with_hint(request, self._descriptions.known(request.model))
+        if doubtful := self._doubtful(client):
+            request = avoiding(request, *doubtful)
         progress = Progress(request)
         self._num_open += 1
         try:
@@ -81,6 +84,7 @@ class RayBackend:
             except Lost as error:
                 logger.warning("[Request] %s goes on elsewhere: %s", request.request_id, error)
                 replica = error.replica
+                client.fleet.suspect(replica)
                 self.moves.note("resumed")
             async with aclosing(self._resume(client, request, progress, replica)) as outputs:
                 async for output in outputs:
@@ -100,53 +104,23 @@ class RayBackend:
         except InvalidRequest as error:
             if error.param != ARTIFACT:
                 raise
-        await self._check_tokenizer(client, request)
+        await self._descriptions.forget(request.model)
         request = replace(request, artifact_id="")
         async with aclosing(self._first_attempt(client, request, progress)) as outputs:
             async for output in outputs:
                 yield output
 
-    async def _check_tokenizer(self, client: ModelClient, request: GenerateRequest) -> None:
-        """Forget what the model was; raises Unavailable when it now reads text differently."""
-        known = self._descriptions.pop(request.model, None)
-        answers = await client.ask_all("describe")
-        files = [each.files for each in answers if isinstance(each, Description)]
-        if known is not None and _is_good(known):
-            files.append(known.result().files)
-        if not files or any(each != files[0] for each in files):
-            reason = f"{request.model} is being replaced by a model with another tokenizer"
-            raise Unavailable(reason, None, "model_changed", 1.0)
-
     async def models(self) -> list[ModelInfo]:
         """Models that a replica serves; Unavailable, with the reason, when there is none yet."""
-        known = [self._descriptions[name] for name in self.clients if name in self._descriptions]
-        ready = [task.result().info for task in known if _is_good(task)]
-        if ready:
-            return ready
-        found = await asyncio.gather(*map(self.describe, self.clients), return_exceptions=True)
-        infos = [each.info for each in found if isinstance(each, Description)]
-        if not infos:
-            raise next(each for each in found if isinstance(each, BaseException))
-        return infos
+        return await self._descriptions.all(DESCRIBE_TIMEOUT_S)
 
     async def info(self, model: str) -> ModelInfo:
         return (await self.describe(model)).info
 
     async def describe(self, model: str, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Description:
         """Asked of a replica once and kept until one refuses a request for its artifact."""
-        client = self._client(model)
-        task = self._descriptions.get(model)
-        if task is None or (task.done() and not _is_good(task)):
-            task = asyncio.create_task(_ask(client))
-            self._descriptions[model] = task
-        try:
-            return await asyncio.wait_for(asyncio.shield(task), timeout_s)
-        except TimeoutError:
-            why = await why_down(*client.names)
-            reason = f"no replica of {model} has answered within {timeout_s:g} s"
-            raise Unavailable(f"{reason}: {why}" if why else reason, None, None, 5.0) from None
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise Unavailable(f"no replica of {model} answers: {error}", None, None, 5.0) from None
+        self._client(model)  # or there is no such model
+        return await self._descriptions.ask(model, timeout_s)
 
     async def watch(self) -> None:
         """For ever: moves the streams that would outlive replicas which Serve stops."""
@@ -247,7 +221,8 @@ class RayBackend:
         for attempt in range(1, MAX_RESUMES + 1):
             if not progress.can_resume:
                 break
-            rest = [(i, avoiding(each, *lost)) for i, each in progress.unfinished(attempt)]
+            others = (*lost, *self._doubtful(client))
+            rest = [(i, avoiding(each, *others)) for i, each in progress.unfinished(attempt)]
             is_whole = any(index is None for index, _ in rest)
             try:
                 async with aclosing(
@@ -272,28 +247,20 @@ class RayBackend:
                         raise
                 else:
                     lost = (*lost, error.replica)
+                    if isinstance(error, Lost):
+                        client.fleet.suspect(error.replica)
                 reason = str(error)
                 logger.warning("[Request] %s: attempt %d: %s", request.request_id, attempt, error)
                 await asyncio.sleep(min(self._resume_wait_s * 2**attempt, 2.0))
         raise Unavailable(f"the replica of this request was lost: {reason}", None, None, 1.0)
 
-    def _info(self, model: str) -> ModelInfo | None:
-        task = self._descriptions.get(model)
-        return task.result().info if task is not None and _is_good(task) else None
+    def _doubtful(self, client: ModelClient) -> tuple[str, ...]:
+        silent = self._bus.doubtful() if self._bus is not None else ()
+        return (*client.fleet.suspects(), *silent)
 
     async def _pace(self) -> None:
         if interval := min(self._chunk_interval_s * self._num_open, MAX_CHUNK_INTERVAL_S):
             await asyncio.sleep(interval)
-
-
-async def _ask(client: ModelClient) -> Description:
-    description = await client.describe.remote()
-    assert isinstance(description, Description)
-    return description
-
-
-def _is_good(task: asyncio.Task[Description]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None
 
 
 def _sum(each: list[Stats]) -> Stats:

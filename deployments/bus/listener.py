@@ -26,6 +26,10 @@ DEAD_AFTER_S = 4.0
 """A replica that sends nothing for so long is taken for lost, and not later."""
 CHECKS = 4
 """Looks for silent replicas between two heartbeats."""
+DOUBT_AFTER_BEATS = 2
+"""Not lost yet, but nothing new goes, if it can be helped, to one that has been silent so long."""
+DOUBT_S = 10.0
+"""How long one whose connection was lost counts as doubtful: Serve finds out meanwhile."""
 HELLO_TIMEOUT_S = 2.0
 MAX_HELLO_BYTES = 4096
 
@@ -89,6 +93,8 @@ class BusListener:
         self.connections: set[IngressConnection] = set()
         self._heartbeat_s = heartbeat_s
         self._dead_after_s = dead_after_s
+        self._lost_at: dict[str, float] = {}
+        """Replicas whose last connection is gone, by their ids."""
         self._ids = itertools.count(1)
         self._server: asyncio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -125,6 +131,20 @@ class BusListener:
             if connection.streams and must_move(connection.alive):
                 logger.info("[Bus] %d streams leave %s", len(connection.streams), connection.alive)
                 connection.lose_streams()
+
+    def note_lost(self, replica: str) -> None:
+        self._lost_at[replica] = asyncio.get_running_loop().time()
+
+    def note_found(self, replica: str) -> None:
+        self._lost_at.pop(replica, None)
+
+    def doubtful(self) -> tuple[str, ...]:
+        """Ids of the replicas that may not answer: silent, or their connection was lost."""
+        now = asyncio.get_running_loop().time()
+        self._lost_at = {r: at for r, at in self._lost_at.items() if now - at < DOUBT_S}
+        heard_after = now - DOUBT_AFTER_BEATS * self._heartbeat_s
+        silent = [c.alive.replica for c in self.connections if c.last_seen < heard_after]
+        return (*self._lost_at, *silent)
 
     async def stop(self) -> None:
         if self._ticker is not None:
@@ -200,6 +220,7 @@ class IngressConnection(asyncio.Protocol):
             self._hello_timer.cancel()
         if self._replica:
             self._listener.connections.discard(self)
+            self._listener.note_lost(self.alive.replica)
             logger.info("[Bus] lost replica %s: %s", self._replica, why)
         else:
             logger.warning("[Bus] refused a connection: %s", why)
@@ -225,6 +246,7 @@ class IngressConnection(asyncio.Protocol):
             self._hello_timer.cancel()
         self._reader.max_bytes = FrameReader().max_bytes
         self._listener.connections.add(self)
+        self._listener.note_found(self.alive.replica)
         self.send_heartbeat()  # tells the replica that it is accepted
         logger.info("[Bus] replica %s connected", self._replica)
 

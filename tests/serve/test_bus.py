@@ -22,6 +22,7 @@ from deployments.bus.frames import (
 )
 from deployments.bus.listener import BusListener, IncomingStream
 from deployments.bus.sender import BusError, BusSender
+from deployments.calls import Alive
 from torchweave_ray.outputs import ChoiceDelta, FinishReason, RequestOutput, TokenLogprobs
 
 
@@ -139,6 +140,28 @@ def test_silent_replica_is_lost() -> None:
                 assert await stream.wait(5)
             assert [delta.token_ids for (delta,) in stream.take()] == [(100,)], "what came counts"
             assert not listener.connections
+
+    run(body())
+
+
+def test_a_replica_is_doubtful_before_it_is_lost_and_until_it_comes_back() -> None:
+    async def body() -> None:
+        async with bus(dead_after_s=0.3, sender_heartbeat_s=60) as (listener, sender):
+            sender.alive = Alive("r1")
+            await sender.open(listener.address, 1, lambda: None)
+            assert listener.doubtful() == ()
+            await asyncio.sleep(0.1)
+            assert listener.connections
+            assert listener.doubtful() == ("r1",), "silent"
+            while listener.connections:
+                await asyncio.sleep(0.01)
+            assert listener.doubtful() == ("r1",), "lost"
+            await sender.stop()
+            again = BusSender("r1", heartbeat_s=0.02)
+            again.alive = Alive("r1")
+            await again.open(listener.address, 2, lambda: None)
+            assert listener.doubtful() == ()
+            await again.stop()
 
     run(body())
 

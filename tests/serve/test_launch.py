@@ -183,7 +183,12 @@ def test_a_mistyped_recipe_is_told_before_ray_starts() -> None:
     assert "Ray" not in done.stdout
 
 
-def test_two_runs_on_one_host_share_nothing(tmp_path: Path) -> None:
+def test_two_runs_on_one_host_share_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the first has not taken its ports yet when the second looks for some."""
+    draws = iter([20_000, 20_000, *range(20_100, 32_000, 100)])
+    monkeypatch.setattr("random.randrange", lambda *_: next(draws))
     first, second = haproxy_profile(tmp_path / "a"), haproxy_profile(tmp_path / "b")
     assert "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT" in first  # Serve's default would be one for all
     for name, value in first.items():

@@ -25,6 +25,8 @@ LONGEST_STREAM_S = 600
 DEREGISTER_S = 1
 """How long a stopping ingress stays reachable, for HAProxy to learn that it goes."""
 PORTS_OF_A_RUN = 100
+_claims: list[socket.socket] = []
+"""A port of each range that this process has given away."""
 
 
 def serve(
@@ -96,8 +98,8 @@ class StopSignal:
 def haproxy_profile(folder: Path) -> dict[str, str]:
     """Environment of Ray's processes: HAProxy and one loop for everything. Ports and files are
     this run's own, so that two can run on one host."""
-    http = _free_range()
-    grpc = http + PORTS_OF_A_RUN // 2
+    first = _claim_range()
+    http, grpc = first + 1, first + PORTS_OF_A_RUN // 2
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -115,26 +117,41 @@ def haproxy_profile(folder: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc - 4),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(grpc - 5),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(http + PORTS_OF_A_RUN - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + PORTS_OF_A_RUN - 1),
         # A reload must not cut the streams of the HAProxy process that it replaces.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_S),
     }
 
 
-def _free_range() -> int:
-    """The first of PORTS_OF_A_RUN free ports, above Ray's own and below the ephemeral ones."""
+def _claim_range() -> int:
+    """The first of PORTS_OF_A_RUN free ports, above Ray's own and below the ephemeral ones. It is
+    held as long as this process lives: the others are taken seconds later, by other processes."""
     for _ in range(50):
-        start = random.randrange(20_000, 32_000, PORTS_OF_A_RUN)
-        if all(_is_free(port) for port in range(start, start + PORTS_OF_A_RUN)):
-            return start
+        first = random.randrange(20_000, 32_000, PORTS_OF_A_RUN)
+        claim = _bound(first)
+        if claim is None:
+            continue
+        if all(map(_is_free, range(first + 1, first + PORTS_OF_A_RUN))):
+            _claims.append(claim)
+            return first
+        claim.close()
     raise ConfigError("no free range of ports between 20000 and 32000")
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
+    if (probe := _bound(port)) is None:
+        return False
+    probe.close()
     return True
+
+
+def _bound(port: int) -> socket.socket | None:
+    """None: somebody has it."""
+    probe = socket.socket()
+    try:
+        probe.bind(("", port))
+    except OSError:
+        probe.close()
+        return None
+    return probe

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deployments.backend import attempts
-from deployments.backend.fleet import Fleet
+from deployments.backend.fleet import SUSPECT_S, Fleet
 from deployments.beats import with_beats
 from deployments.calls import Alive, Description
 from tests.serve.test_resume import (
@@ -18,6 +18,7 @@ from tests.serve.test_resume import (
     Fault,
     Replica,
     collect,
+    cut,
     die,
     request,
     run,
@@ -89,6 +90,47 @@ def test_a_silent_replica_is_left(monkeypatch: pytest.MonkeyPatch, at: int) -> N
             assert len(replica.requests) == 2
 
     run(body())
+
+
+@pytest.mark.parametrize("use_bus", [True, False], ids=["bus", "handle"])
+def test_nothing_more_goes_to_a_replica_that_was_lost(
+    monkeypatch: pytest.MonkeyPatch, use_bus: bool
+) -> None:
+    """On the bus its stream ends, on the handle it never takes the request."""
+    monkeypatch.setattr(attempts, "DEAD_AFTER_S", 0.05)
+    monkeypatch.setattr(attempts, "placed_on", lambda *_: A.replica)
+
+    async def body() -> None:
+        async with serving(Fault(cut, 3), use_bus=use_bus) as (backend, replica):
+            replica.sender.alive = A
+            replica.step_s = 0.005
+            whole = replica.stream
+
+            async def not_taken_at_first(wanted: Any) -> AsyncGenerator[Any]:
+                if len(replica.requests) == 1 and not use_bus:
+                    await asyncio.sleep(60)
+                async for item in whole(wanted):
+                    yield item
+
+            replica.stream = not_taken_at_first  # type: ignore[method-assign]
+            for _ in range(2):
+                texts, _ = await collect(backend, request())
+                assert texts == {0: text_of(5)}
+            avoided = [set(r.routing.avoid) for r in replica.requests if r.routing is not None]
+            assert avoided == [set(), {A.replica}, {A.replica}]
+
+    run(body())
+
+
+def test_suspicion_ends() -> None:
+    now = [0.0]
+    fleet = Fleet(frozenset, 1.0, lambda: now[0])
+    fleet.suspect("")
+    assert fleet.suspects() == ()
+    fleet.suspect("a")
+    assert fleet.suspects() == ("a",)
+    now[0] = SUSPECT_S
+    assert fleet.suspects() == ()
 
 
 @pytest.mark.parametrize("use_bus", [True, False], ids=["bus", "handle"])

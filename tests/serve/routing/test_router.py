@@ -308,6 +308,7 @@ def test_load_comes_from_serve_then_from_the_replica() -> None:
         routed = Routed("a", "b")
         sent = request(prompt(1, 200))
         home = await routed.send(sent)
+        assert routed.router.placed == {sent.request_id: home}
         other = {"a": "b", "b": "a"}[home]
         for _ in range(LOAD_WINDOW + 1):
             routed.router.on_send_request(MakeReplicaID(home, APP))
