@@ -135,8 +135,8 @@ class Ingress:
             ids = await self._service.encode(served, prompt, "prompt")
         else:
             ids = tuple(prompt or ())
-        params = self._service.sampling(*_split(sampling))
         call_id = f"py-{uuid.uuid4().hex}"
+        params = self._service.sampling(call_id, *_split(sampling))
         (request,) = self._service.requests(
             served, call_id, [ids], params, n=n, cache_salt=cache_salt
         )

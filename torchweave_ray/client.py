@@ -52,6 +52,7 @@ def stream(
     path: str,
     body: Mapping[str, Any],
     *,
+    headers: Mapping[str, str] | None = None,
     timeout_s: float = 60.0,
     patience_s: float = 30.0,
 ) -> Iterator[Event]:
@@ -62,7 +63,9 @@ def stream(
     which nothing has come yet is made anew, at each and twice more.
     """
     servers = [urls] if isinstance(urls, str) else list(urls)
-    ask = "POST", path, {"Content-Type": "application/json"}, json.dumps(body).encode()
+    payload = json.dumps(body).encode()
+    head = {"Content-Type": "application/json", **(headers or {})}
+    ask = "POST", path, head, payload
     last_id, num_tries, lost_at = "", 0, time.monotonic()
     most_tries = len(servers) - 1 + _MORE_TRIES
     while True:
@@ -73,7 +76,10 @@ def stream(
                 yield event
             return
         except StreamFailed as error:
-            if error.status not in _WORTH_ANOTHER or (not last_id and num_tries >= most_tries):
+            is_full = bool(last_id) and error.status == 429  # its place is there in a while
+            if not is_full and (
+                error.status not in _WORTH_ANOTHER or (not last_id and num_tries >= most_tries)
+            ):
                 raise
             reason = error.message
         except _BROKEN as error:
@@ -84,8 +90,7 @@ def stream(
         if now - lost_at > patience_s or (not last_id and num_tries >= most_tries):
             raise StreamFailed(f"the stream was lost: {reason}")
         if last_id:
-            headers = {"Last-Event-ID": last_id}
-            ask = "GET", f"/v1/streams/{last_id.partition(':')[0]}", headers, b""
+            ask = "POST", path, head | {"Last-Event-ID": last_id}, payload
         num_tries += 1
         logger.warning("[Stream] %s was lost (%s); going on", last_id[:32], reason)
         time.sleep(_PAUSE_S)

@@ -50,15 +50,10 @@ class Call:
     """One POST: its JSON object, and the stack that closes whatever it opened."""
 
     def __init__(
-        self,
-        path: str,
-        raw: bytes,
-        stack: AsyncExitStack,
-        started_at: float,
-        ids: _Ids,
-        session_id: str,
+        self, path: str, raw: bytes, stack: AsyncExitStack, started_at: float, scope: Scope
     ) -> None:
         """Raises InvalidRequest for a body that is no JSON object."""
+        ids: _Ids = scope[_IDS]
         self.path = path
         self.raw = raw
         self.body = _parse_object(raw)
@@ -69,8 +64,9 @@ class Call:
         """Unguessable: whoever knows it may stop the request."""
         self.started_at = started_at
         """On the monotonic clock, before the body was read."""
-        self.session_id = session_id
+        self.session_id = _session_id(scope)
         """From x-session-id: calls of one session go to one replica."""
+        self.last_event_id = Headers(scope=scope).get("last-event-id", "")
         self.created = int(time.time())
         """What the answer says of it."""
         self.resumed: Resumed | None = None
@@ -140,7 +136,7 @@ class Endpoint:
             await self.run(call, scope, receive, send)
 
     def call(self, raw: bytes, stack: AsyncExitStack, started_at: float, scope: Scope) -> Call:
-        return Call(self._path, raw, stack, started_at, scope[_IDS], _session_id(scope))
+        return Call(self._path, raw, stack, started_at, scope)
 
     async def run(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         async with _WhileConnected(receive):

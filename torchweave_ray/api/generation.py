@@ -16,8 +16,9 @@ from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import failure_of
 from torchweave_ray.api.running import StopSwitch
 from torchweave_ray.api.service import Service
+from torchweave_ray.api.streams.event_ids import PARAM
 from torchweave_ray.api.streams.resume import open_stream
-from torchweave_ray.errors import RequestError, Unavailable
+from torchweave_ray.errors import InvalidRequest, RequestError, Unavailable
 from torchweave_ray.outputs import (
     Backend,
     ChoiceDelta,
@@ -48,6 +49,8 @@ def generate(
     ]
     if is_stream:
         requests = open_stream(call, service, requests)
+    elif call.resumed is not None:
+        raise InvalidRequest(f"{PARAM} goes with a stream only", PARAM)
     switches = call.stack.enter_context(service.running.open(call.id, len(requests)))
     sources = [
         _Source(service.backend, request, switch, index)

@@ -6,7 +6,7 @@ One `Service` stands behind every endpoint. Knows nothing of HTTP answers.
 from __future__ import annotations
 
 import asyncio
-import secrets
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,17 +96,19 @@ class Service:
 
     def sampling(
         self,
+        call_id: str,
         fields: dict[str, Any],
         max_tokens: int | None,
         logprobs: int | None = None,
     ) -> SamplingParams:
-        """What the client set over the operator's defaults. The seed is always set."""
+        """What the client set over the operator's defaults. The seed is always set: one that
+        nobody chose comes from the call's id, so that the call can be made again."""
         settings = self.settings
         defaults: dict[str, Any] = {
             "temperature": settings.temperature,
             "top_k": settings.top_k,
             "top_p": settings.top_p,
-            "seed": settings.seed if settings.seed is not None else _random_seed(),
+            "seed": settings.seed if settings.seed is not None else _seed_of(call_id),
         }
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **(defaults | fields))
 
@@ -136,7 +138,9 @@ class Service:
         is_scored = sampling.prompt_logprobs is not None
         requests = []
         for index, prompt in enumerate(prompts):
-            own = sampling if seeded or index == 0 else replace(sampling, seed=_random_seed())
+            own = sampling
+            if index and not seeded:
+                own = replace(sampling, seed=_seed_of(f"{call_id}-{index}"))
             requests.append(
                 GenerateRequest(
                     request_id=call_id if len(prompts) == 1 else f"{call_id}-{index}",
@@ -193,6 +197,7 @@ class Service:
         return tokenizer
 
 
-def _random_seed() -> int:
+def _seed_of(name: str) -> int:
     """63 bits, and room for the choices of any n above it."""
-    return secrets.randbelow(MAX_SEED - (1 << 32))
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % (MAX_SEED - (1 << 32))

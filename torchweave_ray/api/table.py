@@ -29,14 +29,17 @@ from torchweave_ray.api.responses.create import ResponsesApi
 from torchweave_ray.api.responses.schema import ResponsesBody
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.status import CheckHealth, StatusApi
-from torchweave_ray.api.streams.resume import StreamsApi
+from torchweave_ray.api.streams.resume import ByBody, StreamsApi
 
 Row = tuple[Operation, Callable[..., Any]]
 """GET and DELETE take Starlette's request or are ASGI, POST takes an endpoint's `Call`."""
 
 
 def paths(service: Service, check_health: CheckHealth) -> list[Row]:
-    generating = _generating(service)
+    generating = [
+        (operation, ByBody(service, handler) if operation.streams else handler)
+        for operation, handler in _generating(service)
+    ]
     endpoints = {
         operation.path: Endpoint(operation.path, handler, service.settings.max_body_bytes)
         for operation, handler in generating

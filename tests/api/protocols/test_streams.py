@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -22,8 +21,6 @@ from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.api.streams.records import StreamRecords
 from torchweave_ray.errors import Unavailable
 from torchweave_ray.outputs import FinishReason, GenerateRequest, RequestOutput, merge_outputs
-from torchweave_ray.sampling_params import SamplingParams
-from torchweave_ray.stream_origin import StreamOrigin
 from torchweave_ray.tokenizer import Tokenizer
 
 PIECES = ("Gra", "vity", "\n\n", "pulls", " 😀", "", " us.")
@@ -60,6 +57,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         THOUGHT + CALLS,
     ),
 ]
+_CREATED = re.compile(rb'"created(_at)?":\d+')
 _TTFT = re.compile(rb"event: ttft\ndata: [\d.]+")
 
 
@@ -111,6 +109,15 @@ class Cluster(FakeBackend):
         assert response.status_code == 200, response.text
         return response.content
 
+    def repeat(self, event_id: str, path: str, body: dict[str, Any]) -> httpx.Response:
+        """By the request itself, at an ingress beside which nobody knows the stream."""
+        body = ({} if path == NATIVE else {"stream": True}) | body
+        known, self.records = self.records, StreamRecords()
+        headers = {"Last-Event-ID": event_id}
+        response = self._runner.run(ask(self.ingress(), "POST", path, json=body, headers=headers))
+        self.records = known
+        return response
+
     def resume(self, event_id: str, **kwargs: Any) -> httpx.Response:
         headers = {"Last-Event-ID": event_id}
         return self.call("GET", f"/v1/streams/{event_id[:32]}", headers=headers, **kwargs)
@@ -158,6 +165,14 @@ def test_exactly_what_comes_after_each_event(
         resumed = cluster.resume(event_id)
         assert resumed.status_code == 200, (event_id, resumed.text)
         assert events_of(resumed.content) == whole[had:], event_id
+        repeated = cluster.repeat(event_id, path, body)
+        assert repeated.status_code == 200, (event_id, repeated.text)
+        assert timeless(events_of(repeated.content)) == timeless(whole[had:]), event_id
+
+
+def timeless(events: Sequence[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """Without the time at which the call was made."""
+    return [(event_id, _CREATED.sub(b"", event)) for event_id, event in events]
 
 
 def said(path: str, events: Sequence[tuple[str, bytes]]) -> Any:
@@ -334,6 +349,26 @@ def test_an_aborted_or_failed_stream_goes_on_behind_its_last_id(runner: asyncio.
         assert text == "".join(PIECES[3:])
 
 
+def test_a_repeated_request_is_checked(runner: asyncio.Runner) -> None:
+    cluster = Cluster(PIECES, runner)
+    body = {"prompt": "abc", "stream": True}
+    event_id = events_of(cluster.open(COMPLETIONS, body))[3][0]
+    cases: list[tuple[str, dict[str, Any], str | None]] = [
+        (event_id, {"stream": False}, None),
+        (event_id, {"n": 2}, "does_not_fit"),
+        ("rubbish", {}, None),
+    ]
+    for last, more, code in cases:
+        refused = cluster.repeat(last, COMPLETIONS, {"prompt": "abc"} | more)
+        assert refused.status_code == 400, more
+        error = refused.json()["error"]
+        assert (error["param"], error["code"]) == ("Last-Event-ID", code), more
+    off = cluster.ingress(stream_keep_s=0.0)
+    headers = {"Last-Event-ID": event_id}
+    refused = runner.run(ask(off, "POST", COMPLETIONS, json=body, headers=headers))
+    assert "stream_keep_s is 0" in refused.json()["error"]["message"]
+
+
 def test_streams_may_be_switched_off(runner: asyncio.Runner) -> None:
     cluster = Cluster(PIECES, runner)
     ingress = cluster.ingress(stream_keep_s=0.0)
@@ -342,37 +377,6 @@ def test_streams_may_be_switched_off(runner: asyncio.Runner) -> None:
     assert b"id: " not in response.content
     assert "x-stream-id" not in response.headers
     assert cluster.requests[0].origin is None
-
-
-def test_records_expire_and_are_bounded() -> None:
-    now = 0.0
-    records = StreamRecords(max_records=3, max_bytes=100_000, clock=lambda: now)
-
-    def request(call_id: str, body: bytes = b"", **more: Any) -> GenerateRequest:
-        origin = StreamOrigin(call_id, NATIVE, body, 0, 10.0, 0, 1, call_id, 2, 7)
-        params = SamplingParams(seed=7)
-        return GenerateRequest(call_id, "m", (1,), params, n=2, origin=origin, **more)
-
-    with records.keep(request("a")):
-        now = 100.0
-        assert [each.request_id for each in records.recall("a")] == ["a"]
-    now = 109.0
-    assert records.recall("a")
-    now = 110.0
-    assert not records.recall("a")
-
-    choice = request("b", output_token_ids=(5, 6), emitted_chars=3)
-    choice = replace(choice, request_id="b.1.1", n=1, sampling=SamplingParams(seed=8))
-    with records.keep(choice), records.keep(choice):
-        pass
-    assert records.recall("b") == [request("b")]  # as it was first asked
-
-    with records.keep(request("c")), records.keep(request("d")):
-        with records.keep(request("e")):
-            assert not records.recall("b")  # one that has ended goes first
-        with records.keep(request("f", body=b"x" * 99_000)):
-            assert not records.recall("c")
-        assert not records.recall("e")
 
 
 def test_a_call_is_whole_or_unknown(runner: asyncio.Runner) -> None:

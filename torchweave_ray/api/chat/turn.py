@@ -65,7 +65,7 @@ async def take_turn(
         fields["skip_special_tokens"] = False
     if prompt.thinking is not None:
         fields["thinking"] = prompt.thinking
-    sampling = service.sampling(fields, options.max_tokens, options.logprobs)
+    sampling = service.sampling(call_id, fields, options.max_tokens, options.logprobs)
     (request,) = service.requests(
         model,
         call_id,

@@ -56,7 +56,7 @@ class NativeApi:
         if not body.prompt:
             raise InvalidRequest("prompt must not be empty", "prompt")
         sampling = self._service.sampling(
-            body.sampling_fields(model.tokenizer), body.max_new_tokens
+            call.id, body.sampling_fields(model.tokenizer), body.max_new_tokens
         )
         try:
             (request,) = self._service.requests(

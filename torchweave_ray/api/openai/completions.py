@@ -101,7 +101,7 @@ class CompletionsApi:
         # To score the prompt alone, one token is drawn and not shown.
         max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
         fields["prompt_logprobs"] = prompt_logprobs
-        sampling = self._service.sampling(fields, max_tokens, logprobs)
+        sampling = self._service.sampling(call.id, fields, max_tokens, logprobs)
         return self._service.requests(
             model,
             f"cmpl-{call.id}",

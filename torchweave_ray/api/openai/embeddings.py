@@ -88,7 +88,7 @@ class EmbeddingsApi:
             else tuple(text)
             for text in given
         ]
-        sampling = self._service.sampling({}, None)
+        sampling = self._service.sampling(call.id, {}, None)
         requests = self._service.requests(
             model, f"embd-{call.id}", ids, sampling, prompt_param="input"
         )

@@ -26,9 +26,11 @@ export async function checked(response) {
 export async function* stream(path, body, { signal, isLast, onLost }) {
   let lastId = "";
   let lostAt = 0;
-  let ask = () => fetch(path, {
-    method: "POST", signal, headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
+  const ask = () => fetch(path, {
+    method: "POST", signal, body: JSON.stringify(body),
+    headers: {
+      "Content-Type": "application/json", ...(lastId && { "Last-Event-ID": lastId }),
+    },
   });
   for (;;) {
     try {
@@ -40,16 +42,12 @@ export async function* stream(path, body, { signal, isLast, onLost }) {
       }
       throw new TypeError("the stream was cut off");
     } catch (error) {
-      const refused = error instanceof ApiError && ![500, 502, 503].includes(error.status);
+      const refused = error instanceof ApiError && ![429, 500, 502, 503].includes(error.status);
       if (signal.aborted || refused || !lastId) throw error;
       lostAt ||= performance.now();
       if (performance.now() - lostAt > PATIENCE_MS) throw error;
       onLost?.();
       await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
-      const id = lastId;
-      ask = () => fetch(`v1/streams/${encodeURIComponent(id.split(":")[0])}`, {
-        signal, headers: { "Last-Event-ID": id },
-      });
     }
   }
 }

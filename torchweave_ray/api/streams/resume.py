@@ -1,6 +1,7 @@
-"""GET /v1/streams/{id}: a stream goes on from the event its client had last, at any ingress.
+"""A stream goes on from the event that its client had last, at any ingress.
 
-The call is made again as it was recorded, with the seeds it had; what its client has is left out.
+GET /v1/streams/{id} makes the call again as it was recorded, a POST with Last-Event-ID as its body
+says, which needs no record. The seeds are those it had; what its client has is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from torchweave_ray.api.streams.event_ids import (
     PARAM,
@@ -31,7 +32,7 @@ from torchweave_ray.outputs import GenerateRequest
 from torchweave_ray.stream_origin import StreamOrigin
 
 if TYPE_CHECKING:
-    from torchweave_ray.api.endpoint import Call, Endpoint
+    from torchweave_ray.api.endpoint import Call, Endpoint, Handler
     from torchweave_ray.api.service import Service
     from torchweave_ray.api.sse import Writer
 
@@ -43,6 +44,7 @@ class Resumed:
     """A call that is made again."""
 
     requests: tuple[GenerateRequest, ...]
+    """(): its body says them."""
     last: EventId | None
     """None: the client has nothing."""
 
@@ -60,15 +62,19 @@ def open_stream(
     call: Call, service: Service, requests: list[GenerateRequest]
 ) -> list[GenerateRequest]:
     """What is to be run: recorded, so that its stream can be opened again."""
-    keep_s = service.settings.stream_keep_s
-    if call.resumed is not None:
-        requests = list(call.resumed.requests)
+    keep_s, resumed = service.settings.stream_keep_s, call.resumed
+    if resumed is not None and resumed.requests:
+        requests = list(resumed.requests)
     elif keep_s > 0:
         requests = _with_origins(call, requests, keep_s)
     else:
         return requests
+    if resumed is not None:
+        requests = list(map(_anew, requests))
     num_choices = sum(request.n for request in requests)
-    last = call.resumed.last if call.resumed is not None else None
+    last = resumed.last if resumed is not None else None
+    if last is not None and len(last.places) != num_choices:
+        raise does_not_fit()
     call.stream = OpenStream(num_choices, requests[0].n, last)
     for request in requests:
         call.stack.enter_context(service.streams.keep(request))
@@ -122,17 +128,15 @@ class StreamsApi:
         stream_id: str = request.path_params["stream_id"]
         last = _last_event_of(request, stream_id)
         requests = await self._requests(stream_id)
-        if last is not None and len(last.places) != sum(request.n for request in requests):
-            raise does_not_fit()
         origin = requests[0].origin
         assert origin is not None, "only requests with one are recorded"
         endpoint = self._endpoints[origin.path]
-        await self._end_the_old_run(stream_id)
+        await _end_the_old_run(self._service, stream_id)
         async with AsyncExitStack() as stack:
             call = endpoint.call(origin.body, stack, time.monotonic(), scope)
             call.id = stream_id
             call.created = origin.created
-            call.resumed = Resumed(tuple(map(_anew, requests)), last)
+            call.resumed = Resumed(tuple(requests), last)
             await endpoint.run(call, scope, receive, send)
 
     async def _requests(self, stream_id: str) -> list[GenerateRequest]:
@@ -149,10 +153,30 @@ class StreamsApi:
             "stream_not_found",
         )
 
-    async def _end_the_old_run(self, stream_id: str) -> None:
-        """Nobody reads it any more, though it may not have been noticed."""
-        if not self._service.running.stop(stream_id):
-            await self._service.backend.stop(stream_id)
+
+class ByBody:
+    """Before the handler of a POST whose answer may be a stream: with a Last-Event-ID it is the
+    one that the client has lost. The seeds that it had are in its body or come from its id."""
+
+    def __init__(self, service: Service, handler: Handler) -> None:
+        self._service = service
+        self._handler = handler
+
+    async def __call__(self, call: Call) -> ASGIApp:
+        if call.resumed is None and call.last_event_id:
+            if not self._service.settings.stream_keep_s:
+                raise InvalidRequest("streams are not opened again: stream_keep_s is 0", PARAM)
+            last = parse_event_id(call.last_event_id)
+            await _end_the_old_run(self._service, last.stream_id)
+            call.id = last.stream_id
+            call.resumed = Resumed((), last if last.num_events else None)
+        return await self._handler(call)
+
+
+async def _end_the_old_run(service: Service, stream_id: str) -> None:
+    """Nobody reads it any more, though it may not have been noticed."""
+    if not service.running.stop(stream_id):
+        await service.backend.stop(stream_id)
 
 
 def _last_event_of(request: Request, stream_id: str) -> EventId | None:
