@@ -15,6 +15,7 @@ class FakeServer:
 
     def __init__(self, num_pieces: int | None = 4, fail: bool = False, usage: bool = True) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.heads: list[str] = []
         self.max_at_once = 0
         self.num_connections = 0
         self._num_pieces = num_pieces
@@ -37,16 +38,17 @@ class FakeServer:
                 size = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
                 body = json.loads(await reader.readexactly(size) or b"{}")
                 path = head.split(" ")[1]
-                if path != "/v1/models":
+                self.heads.append(head)
+                if path not in ("/v1/models", "/metrics"):
                     self.requests.append((path, body))
-                self._at_once += 1
+                self._at_once += path != "/metrics"
                 self.max_at_once = max(self.max_at_once, self._at_once)
                 await asyncio.sleep(0)
-                if "prompt" in body:
+                if body:
                     await self.think(body)
                 num_pieces = self._num_pieces or body.get("max_tokens", 1)
                 await self._answer(path, writer, num_pieces)
-                self._at_once -= 1
+                self._at_once -= path != "/metrics"
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
@@ -58,7 +60,11 @@ class FakeServer:
 
     async def _answer(self, path: str, writer: asyncio.StreamWriter, num_pieces: int) -> None:
         usage = {"prompt_tokens": 100, "completion_tokens": num_pieces, "cached_tokens": 16}
-        if self._fail and path != "/v1/models":
+        if path == "/metrics":
+            text = f"torchweave_requests_running {self._at_once}\ntorchweave_requests_waiting 0\n"
+            writer.write(b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n" % len(text))
+            writer.write(text.encode())
+        elif self._fail and path != "/v1/models":
             writer.write(_whole(400, {"error": {"message": "no such field", "param": "seed"}}))
         elif path == "/v1/models":
             writer.write(_whole(200, {"data": [{"id": "tiny"}]}))

@@ -113,6 +113,6 @@ def test_the_table_fits_a_pipe_and_names_failures() -> None:
     header, row = console.export_text().splitlines()[1:3]
     assert len(row) <= 80
     assert "…" not in row
-    assert row.split()[:4] == ["completions", "128", "1280.0", "12.3s/12.3s"]
+    assert row.split()[:4] == ["completions", "c=128", "1280.0", "12.3s/12.3s"]
     assert header.split()[-1] == "CPU/token"
     assert list(failures([point])) == ["completions c=128: 1 of 2 failed: HTTP 429"]

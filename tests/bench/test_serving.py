@@ -18,6 +18,7 @@ from torchweave_ray.bench.load.targets import (
     openai_target,
     run_in_loop,
 )
+from torchweave_ray.bench.load.workloads import Workload
 from torchweave_ray.bench.report.points import Point
 
 
@@ -28,7 +29,8 @@ def _measure(server: FakeServer, config: ServingConfig, kind: str = "completions
                 target = await openai_target(url, kind, None)
             else:
                 target = native_target(kind, f"{url}/v1/{kind}")
-            return await run_benchmark([target], config, lambda point: None)
+            measured = await run_benchmark([target], config, lambda point: None)
+            return [m.point for m in measured]
 
     return run_in_loop(main())
 
@@ -36,7 +38,9 @@ def _measure(server: FakeServer, config: ServingConfig, kind: str = "completions
 @pytest.mark.parametrize("kind", ["completions", "chat", "generate"])
 def test_every_dialect_is_timed_and_counted(kind: str) -> None:
     server = FakeServer(num_pieces=4)
-    config = ServingConfig(concurrency=(1, 3), requests=6, output_len=4, warmup=2)
+    config = ServingConfig(
+        concurrency=(1, 3), requests=6, workload=Workload(output_len=4), warmup=2
+    )
     points = _measure(server, config, kind)
     assert [(p.concurrency, p.requests, p.failed) for p in points] == [(1, 6, 0), (3, 6, 0)]
     for point in points:

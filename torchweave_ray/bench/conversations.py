@@ -7,7 +7,6 @@ same pauses. The balance is that of the replicas' CPU time. Nothing else may run
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import tempfile
 import time
@@ -18,18 +17,16 @@ from typing import Any
 
 import yaml
 
-from torchweave_ray.bench.load.dialects import events
-from torchweave_ray.bench.load.http_client import Connection, Exchange
+from torchweave_ray.bench.load.loops import converse, prepare
 from torchweave_ray.bench.load.prompts import PromptSource
 from torchweave_ray.bench.load.targets import (
     BenchmarkError,
-    Failure,
     Target,
     openai_target,
     read,
     run_in_loop,
-    send,
 )
+from torchweave_ray.bench.load.workloads import Script, Turn
 from torchweave_ray.bench.process_tree import ProcessTree, wait_until_calm
 from torchweave_ray.bench.report.points import Point, RequestRecord, summarize
 from torchweave_ray.bench.server_process import started_server
@@ -138,8 +135,8 @@ async def hold(target: Target, config: ConversationsConfig) -> list[list[Request
     for _ in range(config.conversations):
         said = [firsts.next_prompt(), *(rest.next_prompt() for _ in range(config.turns - 1))]
         waits = [pauses.expovariate(1 / config.pause_s) for _ in said]
-        script = [(wait, str(words)) for wait, words in zip(waits, said, strict=True)]
-        conversations.append(_converse(target, config, script))
+        script = tuple(Turn(words, wait) for wait, words in zip(waits, said, strict=True))
+        conversations.append(_hold_one(target, config, script))
     return list(await asyncio.gather(*conversations))
 
 
@@ -147,31 +144,19 @@ async def _all(url: str, config: ConversationsConfig) -> list[list[RequestRecord
     return await hold(await openai_target(url, "completions", None), config)
 
 
-async def _converse(
-    target: Target, config: ConversationsConfig, script: Sequence[tuple[float, str]]
+async def _hold_one(
+    target: Target, config: ConversationsConfig, script: Script
 ) -> list[RequestRecord]:
-    connection = Connection(target.url)
-    records = []
-    text = ""
+    connection = target.connect()
+    prepared = prepare(target, script, config.output_len, config.timeout_s)
     try:
-        for wait_s, words in script:
-            await asyncio.sleep(wait_s)
-            text += words
-            body = json.dumps(target.dialect.body(text, config.output_len)).encode()
-            outcome = await send(target, connection, body, config.timeout_s)
-            record = read(target, outcome)
-            if isinstance(outcome, Failure) or record.error is not None:
-                raise BenchmarkError(f"{target.name} at {target.url}: {record.error}")
-            records.append(record)
-            text += _answer(outcome) + " "
+        await asyncio.sleep(script[0].pause_s)
+        records = [read(target, s.outcome) for s in await converse(target, connection, prepared)]
     finally:
         connection.close()
+    if records[-1].error is not None:
+        raise BenchmarkError(f"{target.name} at {target.url}: {records[-1].error}")
     return records
-
-
-def _answer(exchange: Exchange) -> str:
-    chunks = [json.loads(e.data) for e in events(exchange) if e.data not in ("", "[DONE]")]
-    return "".join(choice["text"] for chunk in chunks for choice in chunk.get("choices", ()))
 
 
 def _measured(router: str, rounds: Sequence[Round]) -> Measured:

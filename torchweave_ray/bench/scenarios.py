@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from torchweave_ray.bench.load.dialects import Prompt
-from torchweave_ray.bench.load.http_client import Connection, Exchange
-from torchweave_ray.bench.load.prompts import PromptSource
+from torchweave_ray.bench.load.http_client import Exchange
+from torchweave_ray.bench.load.prompts import PromptSource, joined
 from torchweave_ray.bench.load.targets import BenchmarkError, Failure, Target, read, send
 from torchweave_ray.bench.report.points import Point, RequestRecord, summarize
 
@@ -73,7 +73,7 @@ async def measure_prefix(target: Target, config: PrefixConfig) -> Outcome:
     for _ in range(config.rounds):
         prefix = prefixes.next_prompt()
         for found in records.values():
-            prompt = _joined(prefix, fresh.next_prompt())
+            prompt = joined(prefix, fresh.next_prompt())
             found.append(await client.ask(prompt, config.output_len))
     client.close()
     points = tuple(_point(name, 1, found) for name, found in records.items())
@@ -163,7 +163,7 @@ class _Client:
     def __init__(self, target: Target, timeout_s: float) -> None:
         self._target = target
         self._timeout_s = timeout_s
-        self._connection = Connection(target.url)
+        self._connection = target.connect()
         self.close = self._connection.close
 
     @property
@@ -171,7 +171,7 @@ class _Client:
         return self._connection.num_chunks
 
     async def exchange(self, prompt: Prompt, output_len: int) -> Exchange | Failure:
-        body = json.dumps(self._target.dialect.body(prompt, output_len)).encode()
+        body = json.dumps(self._target.dialect.body([prompt], output_len)).encode()
         return await send(self._target, self._connection, body, self._timeout_s)
 
     async def ask(self, prompt: Prompt, output_len: int) -> RequestRecord:
@@ -198,13 +198,6 @@ def _itl_p99(record: RequestRecord) -> float:
     if point.itl_ms is None:
         raise BenchmarkError("a stream ended before the long prompt arrived")
     return point.itl_ms.p99
-
-
-def _joined(prefix: Prompt, rest: Prompt) -> Prompt:
-    if isinstance(prefix, str):
-        return f"{prefix} {rest}"
-    assert isinstance(rest, list)
-    return prefix + rest
 
 
 def _point(name: str, concurrency: int, records: Sequence[RequestRecord]) -> Point:

@@ -20,6 +20,7 @@ import yaml
 
 from torchweave_ray.bench.load.serving import ServingConfig, run_benchmark
 from torchweave_ray.bench.load.targets import BenchmarkError, openai_target, run_in_loop
+from torchweave_ray.bench.load.workloads import Workload
 from torchweave_ray.bench.process_tree import ProcessTree, memory_of
 from torchweave_ray.bench.server_process import RunningServer, started_server
 
@@ -111,7 +112,9 @@ def medians(lines: Sequence[Line]) -> dict[str, float]:
 
 async def _little_work(url: str) -> None:
     target = await openai_target(url, "completions", None)
-    config = ServingConfig(concurrency=(4,), requests=16, output_len=16, seed=time.time_ns())
+    config = ServingConfig(
+        concurrency=(4,), requests=16, workload=Workload(output_len=16), seed=time.time_ns()
+    )
     await run_benchmark([target], config, lambda point: None)
 
 

@@ -7,7 +7,7 @@ usage is a failed request. Runs after the clock has stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class Answer:
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
+    text: str = ""
 
 
 class BadAnswer(Exception):
@@ -44,11 +45,21 @@ class Dialect(Protocol):
     @property
     def path(self) -> str: ...
 
-    def body(self, prompt: Prompt, output_len: int) -> dict[str, Any]: ...
+    def body(self, said: Sequence[Prompt], output_len: int) -> dict[str, Any]:
+        """`said`: prompt, answer, prompt, ..., the last one to be answered."""
+        ...
 
     def read(self, exchange: Exchange) -> Answer:
         """Raises BadAnswer."""
         ...
+
+
+def as_one_text(said: Sequence[Prompt]) -> Prompt:
+    """A conversation as one prompt. Answers bring their own leading space."""
+    if len(said) == 1:
+        return said[0]
+    texts = [str(part) for part in said]
+    return "".join(text + " " * (i % 2) for i, text in enumerate(texts))
 
 
 def events(exchange: Exchange) -> Iterator[Event]:
@@ -79,8 +90,8 @@ class Completions:
     model: str
     path: str = "/v1/completions"
 
-    def body(self, prompt: Prompt, output_len: int) -> dict[str, Any]:
-        return {"prompt": prompt, **_openai_fields(self.model, output_len)}
+    def body(self, said: Sequence[Prompt], output_len: int) -> dict[str, Any]:
+        return {"prompt": as_one_text(said), **_openai_fields(self.model, output_len)}
 
     def read(self, exchange: Exchange) -> Answer:
         return _read_openai(exchange, lambda choice: choice.get("text"))
@@ -88,13 +99,14 @@ class Completions:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """POST /v1/chat/completions: the prompt is the user's message, the template adds to it."""
+    """POST /v1/chat/completions: prompts are the user's messages, the template adds to them."""
 
     model: str
     path: str = "/v1/chat/completions"
 
-    def body(self, prompt: Prompt, output_len: int) -> dict[str, Any]:
-        messages = [{"role": "user", "content": prompt}]
+    def body(self, said: Sequence[Prompt], output_len: int) -> dict[str, Any]:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
         return {"messages": messages, **_openai_fields(self.model, output_len)}
 
     def read(self, exchange: Exchange) -> Answer:
@@ -115,6 +127,7 @@ def _openai_fields(model: str, output_len: int) -> dict[str, Any]:
 def _read_openai(exchange: Exchange, text_of: Any) -> Answer:
     _refuse_error_status(exchange)
     times: list[float] = []
+    texts: list[str] = []
     usage: Mapping[str, Any] | None = None
     for event in events(exchange):
         if not event.data or event.data == "[DONE]":
@@ -122,10 +135,11 @@ def _read_openai(exchange: Exchange, text_of: Any) -> Answer:
         chunk = _json(event.data)
         if "error" in chunk:
             raise BadAnswer(f"error in the stream: {event.data[:200]}")
-        if any(text_of(choice) for choice in chunk.get("choices", ())):
+        if text := "".join(text_of(choice) or "" for choice in chunk.get("choices", ())):
             times.append(event.at)
+            texts.append(text)
         usage = chunk.get("usage") or usage
-    return _answer(times, usage)
+    return _answer(times, usage, "".join(texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +148,13 @@ class Native:
 
     path: str = "/v1/generate"
 
-    def body(self, prompt: Prompt, output_len: int) -> dict[str, Any]:
-        return _native_fields(prompt, output_len)
+    def body(self, said: Sequence[Prompt], output_len: int) -> dict[str, Any]:
+        return _native_fields(as_one_text(said), output_len)
 
     def read(self, exchange: Exchange) -> Answer:
         _refuse_error_status(exchange)
         times: list[float] = []
+        texts: list[str] = []
         usage: Mapping[str, Any] | None = None
         for event in events(exchange):
             if event.name == "error":
@@ -148,7 +163,8 @@ class Native:
                 usage = _json(event.data).get("usage")
             elif event.name in ("message", "json") and event.data:
                 times.append(event.at)
-        return _answer(times, usage)
+                texts.append(event.data if event.name == "message" else json.loads(event.data))
+        return _answer(times, usage, "".join(texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +173,13 @@ class NativeUnbatched:
 
     path: str = "/v1/generate_nobatch"
 
-    def body(self, prompt: Prompt, output_len: int) -> dict[str, Any]:
-        return _native_fields(prompt, output_len)
+    def body(self, said: Sequence[Prompt], output_len: int) -> dict[str, Any]:
+        return _native_fields(as_one_text(said), output_len)
 
     def read(self, exchange: Exchange) -> Answer:
         _refuse_error_status(exchange)
-        return _answer([], _json(exchange.body.decode("utf-8")).get("usage"))
+        body = _json(exchange.body.decode("utf-8"))
+        return _answer([], body.get("usage"), str(body.get("text", "")))
 
 
 def _native_fields(prompt: Prompt, output_len: int) -> dict[str, Any]:
@@ -185,11 +202,10 @@ def _json(text: str) -> dict[str, Any]:
     return value
 
 
-def _answer(times: list[float], usage: Mapping[str, Any] | None) -> Answer:
+def _answer(times: list[float], usage: Mapping[str, Any] | None, text: str) -> Answer:
     if not usage or "completion_tokens" not in usage:
         raise BadAnswer("the answer has no usage, so its tokens cannot be counted")
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens") or usage.get("cached_tokens") or 0
-    return Answer(
-        tuple(times), int(usage["prompt_tokens"]), int(usage["completion_tokens"]), int(cached)
-    )
+    prompt_tokens, output_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+    return Answer(tuple(times), prompt_tokens, output_tokens, int(cached), text)

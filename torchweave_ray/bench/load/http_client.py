@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
@@ -135,7 +136,8 @@ class _Receiver(asyncio.Protocol):
 class Connection:
     """One client of the closed loop: requests one after the other, reconnecting when it must."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._url: SplitResult = urlsplit(url)
         self._host = self._url.hostname or ""
         if self._url.scheme not in ("http", "https") or not self._host:
@@ -151,7 +153,8 @@ class Connection:
         receiver.done = asyncio.get_running_loop().create_future()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: {self._url.netloc}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"{self._headers}\r\n"
         )
         sent_at = time.perf_counter()
         transport.write(head.encode("latin-1") + body)

@@ -66,3 +66,10 @@ class PromptSource:
         # A word is at least one token, so there are always enough to cut from.
         ids: list[int] = self._encode(text, add_special_tokens=False).ids
         return ids[: self._num_tokens]
+
+
+def joined(prefix: str | list[int], rest: str | list[int]) -> str | list[int]:
+    if isinstance(prefix, str):
+        return f"{prefix} {rest}"
+    assert isinstance(rest, list), "both from one kind of source"
+    return prefix + rest

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -38,6 +38,14 @@ class Target:
     name: str
     url: str
     dialect: Dialect
+    api_key: str | None = field(default=None, repr=False)
+
+    def connect(self) -> Connection:
+        return Connection(self.url, authorization(self.api_key))
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
@@ -50,28 +58,42 @@ def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
-def native_target(name: str, url: str) -> Target:
+def native_target(name: str, url: str, api_key: str | None = None) -> Target:
     """A full address of /v1/generate or /v1/generate_nobatch, as the predecessor's flags give."""
     path = urlsplit(url).path or "/"
     dialect = NativeUnbatched(path) if path.endswith("_nobatch") else Native(path)
-    return Target(name, url, dialect)
+    return Target(name, url, dialect, api_key)
 
 
-async def openai_target(url: str, endpoint: str, model: str | None) -> Target:
-    """`url` with or without /v1; the model is the server's first unless it is named."""
+async def openai_target(
+    url: str,
+    endpoint: str,
+    model: str | None,
+    api_key: str | None = None,
+    name: str | None = None,
+) -> Target:
+    """`url` with or without /v1; the model is the server's first unless it is given.
+
+    Raises BenchmarkError.
+    """
     base = url.rstrip("/").removesuffix("/v1")
     prefix = urlsplit(base).path
-    name = model or await _first_model(base, f"{prefix}/v1/models")
+    model = model or await _first_model(base, f"{prefix}/v1/models", api_key)
+    dialect: Dialect
     if endpoint == "chat":
-        return Target("chat", base, Chat(name, f"{prefix}/v1/chat/completions"))
-    return Target("completions", base, Completions(name, f"{prefix}/v1/completions"))
+        dialect = Chat(model, f"{prefix}/v1/chat/completions")
+    else:
+        dialect = Completions(model, f"{prefix}/v1/completions")
+    return Target(name or endpoint, base, dialect, api_key)
 
 
-async def _first_model(base: str, path: str) -> str:
-    connection = Connection(base)
+async def _first_model(base: str, path: str, api_key: str | None) -> str:
+    connection = Connection(base, authorization(api_key))
     try:
         async with asyncio.timeout(10):
             exchange = await connection.request("GET", path)
+        if exchange.status in (401, 403):
+            raise BenchmarkError(f"{base} wants an API key: --api-key, or TORCHWEAVE_API_KEY")
         return str(json.loads(exchange.body)["data"][0]["id"])
     except (HTTPFailure, TimeoutError) as error:
         raise BenchmarkError(f"no server at {base}: {error}") from error
@@ -103,13 +125,14 @@ async def send(
         return Failure(sent_at, time.perf_counter(), reason)
 
 
-def read(target: Target, outcome: Exchange | Failure) -> RequestRecord:
+def read(target: Target, outcome: Exchange | Failure, due_at: float | None = None) -> RequestRecord:
+    """`due_at`: when it should have been sent, where a schedule said so."""
     if isinstance(outcome, Failure):
-        return RequestRecord(outcome.sent_at, outcome.ended_at, error=outcome.reason)
+        return RequestRecord(outcome.sent_at, outcome.ended_at, error=outcome.reason, due_at=due_at)
     try:
         answer = target.dialect.read(outcome)
     except BadAnswer as error:
-        return RequestRecord(outcome.sent_at, outcome.ended_at, error=str(error))
+        return RequestRecord(outcome.sent_at, outcome.ended_at, error=str(error), due_at=due_at)
     return RequestRecord(
         outcome.sent_at,
         outcome.ended_at,
@@ -117,4 +140,5 @@ def read(target: Target, outcome: Exchange | Failure) -> RequestRecord:
         answer.prompt_tokens,
         answer.output_tokens,
         answer.cached_tokens,
+        due_at=due_at,
     )

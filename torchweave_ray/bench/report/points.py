@@ -1,14 +1,15 @@
 """From single requests to one point of a benchmark: rates and percentiles. Pure arithmetic.
 
-TTFT: from sending a request to its first text. ITL: gap between two arrivals of text, as a reader
+TTFT: from when a request began to its first text; it begins when it is sent, or when a schedule
+said that it should be. ITL: gap between two arrivals of text, as a reader
 sees it (a server may send several tokens at once). TPOT: (last text - first) / (tokens - 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 
@@ -23,6 +24,57 @@ class RequestRecord:
     output_tokens: int = 0
     cached_tokens: int = 0
     error: str | None = None
+    due_at: float | None = None
+    """When a schedule wanted it sent."""
+
+    @property
+    def began_at(self) -> float:
+        return self.sent_at if self.due_at is None else self.due_at
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.text_times[0] - self.began_at if self.text_times else None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in pairwise(self.text_times)]
+
+    @property
+    def tpot_s(self) -> float | None:
+        if not self.text_times or self.output_tokens < 2:
+            return None
+        return (self.text_times[-1] - self.text_times[0]) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLevel:
+    """What a request must keep to count as good; milliseconds, None: whatever it takes."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    """Of 95 % of its gaps."""
+    tpot_ms: float | None = None
+    request_ms: float | None = None
+
+    def __bool__(self) -> bool:
+        return any(limit is not None for limit in asdict(self).values())
+
+    def is_met_by(self, record: RequestRecord) -> bool:
+        if record.error is not None:
+            return False
+        gaps = sorted(record.gaps_s)
+        request_s = record.ended_at - record.began_at
+        measured = (
+            # Who gets the answer in one piece sees its first text at the end.
+            (self.ttft_ms, request_s if record.ttft_s is None else record.ttft_s),
+            (self.itl_ms, quantile(gaps, 0.95) if gaps else None),
+            (self.tpot_ms, record.tpot_s),
+            (self.request_ms, request_s),
+        )
+        return all(
+            limit is None or seconds is None or 1e3 * seconds <= limit
+            for limit, seconds in measured
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +90,11 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One line of results: one target at one concurrency."""
+    """One line of results: one target under one load."""
 
     target: str
-    concurrency: int
+    concurrency: int | None
+    """Clients of a closed loop."""
     requests: int
     failed: int
     errors: tuple[str, ...]
@@ -58,6 +111,17 @@ class Point:
     request_ms: Percentiles | None
     texts_s: float = 0.0
     """Arrivals of text a second: fewer than tokens where a server merges some."""
+    requests_s: float = 0.0
+    """Answered, over the whole wall time."""
+    peak_concurrency: int = 0
+    """Requests under way at once, at most."""
+    rate: float | None = None
+    """Arrivals a second of an open loop."""
+    send_lag_ms: Percentiles | None = None
+    """Sent later than due: what the load generator itself, or connecting, took."""
+    goodput_s: float | None = None
+    """Requests a second that kept the service level."""
+    good_share: float | None = None
     client_cpu_ms_per_token: float | None = None
     server_cpu_ms_per_token: float | None = None
 
@@ -68,50 +132,61 @@ class Point:
 
 def summarize(
     target: str,
-    concurrency: int,
+    concurrency: int | None,
     records: Sequence[RequestRecord],
     wall_s: float,
     client_cpu_s: float | None = None,
     server_cpu_s: float | None = None,
+    rate: float | None = None,
+    level: ServiceLevel | None = None,
 ) -> Point:
-    good = [r for r in records if r.error is None]
-    timed = [r for r in good if r.text_times]
-    output_tokens = sum(r.output_tokens for r in good)
+    answered = [r for r in records if r.error is None]
+    output_tokens = sum(r.output_tokens for r in answered)
+    num_good = sum(map(level.is_met_by, records)) if level else None
 
     def per_token(cpu_s: float | None) -> float | None:
         return None if cpu_s is None or not output_tokens else 1e3 * cpu_s / output_tokens
+
+    def per_second(amount: float) -> float:
+        return amount / wall_s if wall_s > 0 else 0.0
 
     return Point(
         target=target,
         concurrency=concurrency,
         requests=len(records),
-        failed=len(records) - len(good),
+        failed=len(records) - len(answered),
         errors=tuple(sorted({r.error for r in records if r.error is not None}))[:3],
         wall_s=wall_s,
-        prompt_tokens=sum(r.prompt_tokens for r in good),
-        cached_tokens=sum(r.cached_tokens for r in good),
+        prompt_tokens=sum(r.prompt_tokens for r in answered),
+        cached_tokens=sum(r.cached_tokens for r in answered),
         output_tokens=output_tokens,
-        output_tok_s=output_tokens / wall_s if wall_s > 0 else 0.0,
-        ttft_ms=_percentiles([r.text_times[0] - r.sent_at for r in timed]),
-        itl_ms=_percentiles([b - a for r in timed for a, b in pairwise(r.text_times)]),
-        tpot_ms=_percentiles(
-            [
-                (r.text_times[-1] - r.text_times[0]) / (r.output_tokens - 1)
-                for r in timed
-                if r.output_tokens > 1
-            ]
-        ),
-        request_ms=_percentiles([r.ended_at - r.sent_at for r in good]),
-        texts_s=sum(len(r.text_times) for r in good) / wall_s if wall_s > 0 else 0.0,
+        output_tok_s=per_second(output_tokens),
+        ttft_ms=_percentiles(r.ttft_s for r in answered),
+        itl_ms=_percentiles(gap for r in answered for gap in r.gaps_s),
+        tpot_ms=_percentiles(r.tpot_s for r in answered),
+        request_ms=_percentiles(r.ended_at - r.began_at for r in answered),
+        texts_s=per_second(sum(len(r.text_times) for r in answered)),
+        requests_s=per_second(len(answered)),
+        peak_concurrency=_peak(records),
+        rate=rate,
+        send_lag_ms=_percentiles(r.sent_at - r.due_at for r in records if r.due_at is not None),
+        goodput_s=None if num_good is None else per_second(num_good),
+        good_share=None if num_good is None or not records else num_good / len(records),
         client_cpu_ms_per_token=per_token(client_cpu_s),
         server_cpu_ms_per_token=per_token(server_cpu_s),
     )
 
 
-def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
-    if not seconds:
+def _peak(records: Sequence[RequestRecord]) -> int:
+    """One that ends when another begins was not beside it."""
+    changes = sorted([(r.sent_at, 1) for r in records] + [(r.ended_at, -1) for r in records])
+    return max(accumulate(change for _, change in changes), default=0)
+
+
+def _percentiles(seconds: Iterable[float | None]) -> Percentiles | None:
+    ordered = sorted(s for s in seconds if s is not None)
+    if not ordered:
         return None
-    ordered = sorted(seconds)
     mean = sum(ordered) / len(ordered)
     return Percentiles(1e3 * mean, *(1e3 * quantile(ordered, q) for q in (0.5, 0.9, 0.95, 0.99)))
 

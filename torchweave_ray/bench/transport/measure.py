@@ -19,6 +19,7 @@ import yaml
 
 from torchweave_ray.bench.load.serving import ServingConfig, run_benchmark
 from torchweave_ray.bench.load.targets import openai_target, run_in_loop
+from torchweave_ray.bench.load.workloads import Workload
 from torchweave_ray.bench.process_tree import ProcessTree
 from torchweave_ray.bench.report.points import Point
 from torchweave_ray.bench.server_process import RunningServer, started_server
@@ -104,8 +105,7 @@ def measure(name: str, config: TransportConfig) -> Iterator[TransportPoint]:
             load = ServingConfig(
                 concurrency=(concurrency,),
                 requests=requests,
-                input_len=PROMPT_WORDS,
-                output_len=output_len,
+                workload=Workload(input_len=PROMPT_WORDS, output_len=output_len),
                 seed=config.seed + concurrency,
                 cpu_of=(server.pid,),
             )
@@ -115,7 +115,7 @@ def measure(name: str, config: TransportConfig) -> Iterator[TransportPoint]:
 
 async def _points(url: str, load: ServingConfig) -> list[Point]:
     target = await openai_target(url, "completions", None)
-    return await run_benchmark([target], load, lambda point: None)
+    return [m.point for m in await run_benchmark([target], load, lambda point: None)]
 
 
 @contextmanager
@@ -148,6 +148,7 @@ def _idle_cores(pid: int) -> float:
 
 def _summary(name: str, point: Point, idle_cores: float, step_ms: float) -> TransportPoint:
     assert point.server_cpu_ms_per_token is not None, "its process was named"
+    assert point.concurrency is not None
     ttft = point.ttft_ms.p50 if point.ttft_ms else 0.0
     return TransportPoint(
         route=name,

@@ -4,16 +4,19 @@ stderr, a results file."""
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from torchweave_ray.bench.report.points import Point
+
+N = TypeVar("N", int, float)
 
 RESULTS = Path("benchmarks/results")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -39,12 +42,20 @@ Results = Annotated[Path, typer.Option(help="Folder of the results file.")]
 
 
 def positive_numbers(text: str, option: str) -> tuple[int, ...]:
+    return _positive(text, option, int, "numbers such as 1,4,16")
+
+
+def positive_rates(text: str, option: str) -> tuple[float, ...]:
+    return _positive(text, option, float, "numbers such as 0.5,1,2")
+
+
+def _positive(text: str, option: str, kind: type[N], example: str) -> tuple[N, ...]:
     try:
-        values = tuple(int(part) for part in text.split(","))
+        values = tuple(kind(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or min(values) < 1:
-        raise typer.BadParameter(f"{text!r}: numbers such as 1,4,16", param_hint=option)
+    if not values or not all(0 < value < math.inf for value in values):
+        raise typer.BadParameter(f"{text!r}: {example}", param_hint=option)
     return values
 
 

@@ -1,125 +1,157 @@
-"""`torchweave bench serving`: options, and the report as JSON lines and a table."""
+"""`torchweave bench serving`: from its options to the benchmark, and the report."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from torchweave_ray.cli.bench import load_options as options
 from torchweave_ray.cli.bench.options import (
     DEFAULT_URL,
     RESULTS,
-    Concurrency,
-    InputLen,
-    OutputLen,
-    Requests,
-    Results,
-    Save,
-    Seed,
-    TokenizerFile,
     new_seed,
     positive_numbers,
+    positive_rates,
     print_line,
     print_table,
     save,
 )
 
 if TYPE_CHECKING:
-    from torchweave_ray.bench.load.serving import ServingConfig
+    from torchweave_ray.bench.load.serving import Measured, ServingConfig
     from torchweave_ray.bench.load.targets import Target
-    from torchweave_ray.bench.report.points import Point
-
-Sse = Annotated[
-    str | None, typer.Option(help="Measure this /v1/generate address instead of --url.")
-]
-Unbatched = Annotated[
-    str | None, typer.Option(help="Measure this /v1/generate_nobatch address too.")
-]
-CpuOf = Annotated[
-    list[int] | None,
-    typer.Option(help="Process id of the server: report its tree's CPU ms a token."),
-]
 
 
 def serving(
-    url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")] = DEFAULT_URL,
-    endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
-    name: Annotated[str | None, typer.Option("--model", help="Default: its first.")] = None,
-    sse: Sse = None,
-    nobatch: Unbatched = None,
-    concurrency: Concurrency = "1,4,16,32",
-    requests: Requests = None,
-    input_len: InputLen = 100,
-    output_len: OutputLen = 128,
-    warmup: Annotated[int | None, typer.Option(help="Default: one a client.")] = None,
-    tokenizer: TokenizerFile = None,
-    cpu_of: CpuOf = None,
-    timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
-    seed: Seed = None,
-    save_it: Save = False,
-    results: Results = RESULTS,
+    ctx: typer.Context,
+    url: options.Urls = None,
+    endpoint: options.Endpoint = "completions",
+    model: options.ModelName = None,
+    api_key: options.ApiKey = None,
+    sse: options.Sse = None,
+    nobatch: options.Unbatched = None,
+    cpu_of: options.CpuOf = None,
+    workload: options.Kind = "random",
+    input_len: options.InputLen = 100,
+    output_len: options.OutputLen = 128,
+    prefix_len: options.PrefixLen = 1000,
+    prefixes: options.Prefixes = 1,
+    turns: options.Turns = 4,
+    turn_len: options.TurnLen = 40,
+    pause: options.Pause = 0.0,
+    tokenizer: options.TokenizerFile = None,
+    seed: options.Seed = None,
+    concurrency: options.Concurrency = "1,4,16,32",
+    rates: options.Rates = None,
+    requests: options.Requests = None,
+    duration: options.Duration = 30.0,
+    rounds: options.Rounds = 1,
+    warmup: options.Warmup = None,
+    timeout: options.Timeout = 600.0,
+    slo_ttft_ms: options.SloTtft = None,
+    slo_itl_ms: options.SloItl = None,
+    slo_tpot_ms: options.SloTpot = None,
+    slo_request_ms: options.SloRequest = None,
+    occupancy: options.OccupancyToo = False,
+    save_it: options.Save = False,
+    results: options.Results = RESULTS,
 ) -> None:
-    """Measure a running server with c clients, each sending its next request when answered.
+    """Measure running servers under closed loops of clients, or open loops of arrivals.
 
-    One JSON line a point on stdout, then a table. Tokens are counted from the server's usage.
+    One JSON line a point on stdout, then a table. Tokens are counted from the server's usage;
+    an arrival's latency counts from when it was due, not from when it could be sent.
     """
-    from torchweave_ray.bench.load.serving import ServingConfig
-    from torchweave_ray.bench.load.targets import run_in_loop
-    from torchweave_ray.bench.report.tables import unbatched_gain
+    run(ctx.params)
 
-    config = ServingConfig(
-        concurrency=positive_numbers(concurrency, "--concurrency"),
-        requests=requests,
-        input_len=input_len,
-        output_len=output_len,
-        warmup=warmup,
-        seed=new_seed(seed),
-        timeout_s=timeout,
-        tokenizer=tokenizer,
-        cpu_of=tuple(cpu_of or ()),
-    )
+
+def run(given: Mapping[str, Any]) -> None:
+    """`given`: the options above, by name."""
+    from torchweave_ray.bench.load.targets import run_in_loop
+    from torchweave_ray.bench.report.tables import late_sending, unbatched_gain
+
+    config = configured(given)
     try:
-        targets, points = run_in_loop(_serving(config, url, endpoint, name, sse, nobatch))
+        targets, measured = run_in_loop(_measure(config, given))
     except ProcessLookupError as error:
         raise typer.BadParameter(str(error), param_hint="--cpu-of") from error
-    print_table(points, list(unbatched_gain(points)))
-    if save_it:
+    points = [m.point for m in measured]
+    print_table(points, [*unbatched_gain(points), *late_sending(points)])
+    if given["save_it"]:
         addresses = {t.name: f"{t.url} {t.dialect.path}" for t in targets}
-        values = {**_set_values(config), "targets": addresses}
-        save(results, "serving", values, [p.to_dict() for p in points])
+        values = {**_set_values(dataclasses.asdict(config)), "targets": addresses}
+        save(given["results"], "serving", values, [m.to_dict() for m in measured])
     if any(point.failed for point in points):
         raise typer.Exit(1)
 
 
-async def _serving(
-    config: ServingConfig,
-    url: str,
-    endpoint: str,
-    model: str | None,
-    sse: str | None,
-    nobatch: str | None,
-) -> tuple[list[Target], list[Point]]:
+def configured(given: Mapping[str, Any]) -> ServingConfig:
+    from torchweave_ray.bench.load.serving import ServingConfig
+    from torchweave_ray.bench.load.workloads import Workload
+    from torchweave_ray.bench.report.points import ServiceLevel
+
+    shape = ("input_len", "output_len", "prefix_len", "prefixes", "turns", "turn_len", "tokenizer")
+    sizes = {name: given[name] for name in shape}
+    limits = {name: given[f"slo_{name}"] for name in ("ttft_ms", "itl_ms", "tpot_ms", "request_ms")}
+    rates = given["rates"]
+    return ServingConfig(
+        concurrency=() if rates else positive_numbers(given["concurrency"], "--concurrency"),
+        rates=positive_rates(rates, "--rates") if rates else (),
+        workload=Workload(given["workload"], pause_s=given["pause"], **sizes),
+        requests=given["requests"],
+        duration_s=given["duration"],
+        level=ServiceLevel(**limits),
+        rounds=given["rounds"],
+        warmup=given["warmup"],
+        seed=new_seed(given["seed"]),
+        timeout_s=given["timeout"],
+        cpu_of=tuple(given["cpu_of"] or ()),
+        occupancy=given["occupancy"],
+    )
+
+
+async def _measure(
+    config: ServingConfig, given: Mapping[str, Any]
+) -> tuple[list[Target], list[Measured]]:
     from torchweave_ray.bench.load.serving import run_benchmark
 
-    targets = await _targets(url, endpoint, model, sse, nobatch)
+    targets = await _targets(given)
     return targets, await run_benchmark(targets, config, print_line)
 
 
-async def _targets(
-    url: str, endpoint: str, model: str | None, sse: str | None, nobatch: str | None
-) -> list[Target]:
+async def _targets(given: Mapping[str, Any]) -> list[Target]:
     from torchweave_ray.bench.load.targets import ENDPOINTS, native_target, openai_target
 
+    endpoint, key = given["endpoint"], given["api_key"]
     if endpoint not in ENDPOINTS:
         raise typer.BadParameter(f"one of {', '.join(ENDPOINTS)}", param_hint="--endpoint")
+    native = {"sse": given["sse"], "nobatch": given["nobatch"]}
+    if any(native.values()):
+        return [native_target(name, url, key) for name, url in native.items() if url]
+    urls = given["url"] or [DEFAULT_URL]
     targets = []
-    if sse is not None:
-        targets.append(native_target("sse", sse))
-    if nobatch is not None:
-        targets.append(native_target("nobatch", nobatch))
-    return targets or [await openai_target(url, endpoint, model)]
+    for text in urls:
+        name, url = named_url(text)
+        if len(urls) > 1:
+            name = name or url.split("://")[-1]
+        targets.append(await openai_target(url, endpoint, given["model"], key, name))
+    if len({target.name for target in targets}) < len(targets):
+        raise typer.BadParameter("two have the same name: give them others", param_hint="--url")
+    return targets
 
 
-def _set_values(config: ServingConfig) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
+def named_url(text: str) -> tuple[str | None, str]:
+    """name=http://..., or the address alone."""
+    name, equals, url = text.partition("=")
+    return (name, url) if equals and "/" not in name else (None, text)
+
+
+def _set_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what was left open."""
+    return {
+        name: _set_values(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value not in (None, (), {})
+    }
