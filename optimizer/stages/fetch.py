@@ -13,17 +13,13 @@ from typing import Any
 
 from optimizer.adapters import Adapter
 from optimizer.checkpoints import Checkpoint, open_checkpoint
-from optimizer.checkpoints.lora import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    LoraAdapter,
-    MergedCheckpoint,
-)
+from optimizer.checkpoints.lora import MergedCheckpoint
 from optimizer.progress import Progress
 from optimizer.recipe import Recipe
 from optimizer.sources import Fetched, Source
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import Manifest, file_sha256
+from torchweave_ray.models.lora.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraAdapter
 
 RESULT = "fetched.json"
 _HASHERS = 4

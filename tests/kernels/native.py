@@ -58,8 +58,10 @@ class NativeDecoder(PagedDecoder):
         packed = quantized_weights(config, weights, formats or {})
         self.executor = NativeExecutor(self.spec, packed, library, threads)
 
-    def step(self, chunks: Sequence[tuple[Text, int]]) -> list[Tensor]:
-        return [logits.clone() for logits in super().step(chunks)]
+    def step(
+        self, chunks: Sequence[tuple[Text, int]], adapters: Sequence[object] = ()
+    ) -> list[Tensor]:
+        return [logits.clone() for logits in super().step(chunks, adapters)]
 
 
 def random_texts(*lengths: int, vocab: int = 300) -> list[list[int]]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchweave_ray.attention.base import LayerKV, StepInputs
+from torchweave_ray.attention.base import AdapterRows, LayerKV, StepInputs
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.registry import build_spec
@@ -89,13 +90,22 @@ class PagedDecoder:
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
 
-    def step(self, chunks: Sequence[tuple[Text, int]]) -> list[Tensor]:
-        """Logits [n, vocab] of each sequence's next n tokens."""
+    def step(
+        self, chunks: Sequence[tuple[Text, int]], adapters: Sequence[object] = ()
+    ) -> list[Tensor]:
+        """Logits [n, vocab] of each sequence's next n tokens. `adapters`: of the last chunks."""
         for sequence, n in chunks:
             needed = -(-(sequence.num_computed + n) // self.block_size)
             while len(sequence.block_table) < needed:
                 sequence.block_table.append(self._free.pop())
         inputs = make_inputs(chunks, self.block_size)
+        if adapters:
+            num_plain = len(chunks) - len(adapters)
+            bounds = inputs.query_start_loc.tolist()[num_plain:]
+            rows = [
+                AdapterRows(a, *ends) for a, ends in zip(adapters, pairwise(bounds), strict=True)
+            ]
+            inputs = replace(inputs, adapters=tuple(rows))
         logits = self.executor.forward(inputs, self.kv)
         for sequence, n in chunks:
             sequence.num_computed += n

@@ -14,6 +14,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Rows [start, end) of a batch, all those of one LoRA adapter."""
+
+    adapter: object
+    """As the executor that runs the batch loaded it."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """One step's batch on the device. T tokens, S sequences, R rows that need logits."""
 
@@ -26,6 +36,8 @@ class StepInputs:
     logit_rows: Tensor  # [R] int64: indices into T
     max_query_len: int
     max_seq_len: int
+    adapters: tuple[AdapterRows, ...] = ()
+    """They follow each other up to the last row; the rows before the first have none."""
 
 
 @dataclass(frozen=True, slots=True)

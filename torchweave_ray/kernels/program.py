@@ -15,7 +15,15 @@ from torch import Tensor
 from torchweave_ray.attention.base import LayerKV, StepInputs
 from torchweave_ray.kernels.kv_layout import SUB
 from torchweave_ray.kernels.library import Team
-from torchweave_ray.kernels.structs import BLOCK_BYTES, MAX_BUFFERS, MAX_ROPES, PANEL, Op, Step
+from torchweave_ray.kernels.structs import (
+    BLOCK_BYTES,
+    MAX_BUFFERS,
+    MAX_ROPES,
+    PANEL,
+    Lora,
+    Op,
+    Step,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +85,17 @@ class Program:
         self._kv: Sequence[LayerKV] = ()
         self._pointers: list[object] = []  # what step.keys and its like point to
 
-    def run(self, inputs: StepInputs, kv: Sequence[LayerKV], num_ops: int | None = None) -> None:
-        """Run the first `num_ops` ops, or all. Results are in the buffers until the next run."""
+    def run(
+        self,
+        inputs: StepInputs,
+        kv: Sequence[LayerKV],
+        num_ops: int | None = None,
+        adapters: Sequence[ctypes.Array[Lora]] = (),
+    ) -> None:
+        """Run the first `num_ops` ops, or all. Results are in the buffers until the next run.
+
+        `adapters`: the weights of each of `inputs.adapters`.
+        """
         self.reserve(inputs.input_ids.shape[0], inputs.logit_rows.shape[0], inputs.max_seq_len)
         if kv is not self._kv:
             self._point_to(kv)
@@ -94,6 +111,15 @@ class Program:
         step.block_tables = _address(inputs.block_tables, torch.int32)
         step.block_table_stride = inputs.block_tables.shape[1]
         step.logit_rows = _address(inputs.logit_rows, torch.int64)
+        step.num_adapters = len(adapters)
+        if adapters:
+            bounds = [*(rows.start for rows in inputs.adapters), step.num_tokens]
+            rows = (ctypes.c_int64 * len(bounds))(*bounds)
+            weights = (ctypes.c_void_p * len(adapters))(
+                *(ctypes.addressof(each) for each in adapters)
+            )
+            step.adapter_bounds = ctypes.addressof(rows)
+            step.adapters = ctypes.addressof(weights)
         self._team.run(self._ops, len(self._ops) if num_ops is None else num_ops, step)
 
     def buffer(self, slot: int, num_rows: int) -> Tensor:

@@ -19,7 +19,7 @@ MAX_HEAD_DIM = 256
 MAX_EXPERTS = 1024
 
 EMBED, RMS_NORM, LINEAR, ROPE_KV, ATTEND, MERGE, PICK, QUANTIZE = range(8)
-ROUTE, GROUP_ROWS, SPREAD, EXPERTS, MIX = range(8, 13)
+ROUTE, GROUP_ROWS, SPREAD, EXPERTS, MIX, ACTIVATE, SHRINK, EXPAND = range(8, 16)
 STORE_F32, ADD_F32, STORE_BF16, SILU, GELU = range(5)
 ROW_MAJOR, PACKED = range(2)
 NORM_BF16, NORM_BLOCKS, NORM_ADD = range(3)
@@ -47,7 +47,7 @@ class Op(ctypes.Structure):
         ("eps", c_float),
         ("scale", c_float),
         ("soft_cap", c_float),
-        ("reserved_f", c_float),
+        ("target", c_int32),
         ("rotary_dim", c_int32),
         ("num_experts", c_int32),
         ("top_k", c_int32),
@@ -62,6 +62,10 @@ class Op(ctypes.Structure):
         ("weight_stride", c_int64),
         ("scales_stride", c_int64),
     )
+
+
+class Lora(ctypes.Structure):
+    _fields_ = (("shrink", c_void_p), ("expand", c_void_p), ("rank", c_int64))
 
 
 class Step(ctypes.Structure):
@@ -84,6 +88,9 @@ class Step(ctypes.Structure):
         ("block_size", c_int64),
         ("buffers", c_void_p * MAX_BUFFERS),
         ("ropes", c_void_p * MAX_ROPES),
+        ("num_adapters", c_int64),
+        ("adapter_bounds", c_void_p),
+        ("adapters", c_void_p),
     )
 
 

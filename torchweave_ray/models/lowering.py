@@ -42,17 +42,26 @@ class Lowered:
     """Slot of the last norm's output [R, hidden_size] bf16."""
     num_hidden_ops: int
     """So many ops fill it."""
+    tensors: Mapping[str, Tensor | PackedLinear]
+    """Those that it was made of, packed: to be lowered again."""
 
 
-def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor | PackedLinear]) -> Lowered:
+def lower(
+    spec: DecoderSpec,
+    tensors: Mapping[str, Tensor | PackedLinear],
+    targets: Sequence[str] = (),
+    max_rank: int = 0,
+) -> Lowered:
     """Weights that come packed are used where they lie, the others are packed here.
 
-    Raises CannotLower, or ArtifactError naming a tensor that is missing.
+    `targets`: weights to which LoRA adapters may add, of at most `max_rank` stacked rows; what
+    rows without an adapter get stays the same to the bit. Raises CannotLower, or ArtifactError
+    naming a tensor that is missing.
     """
     if missing := sorted(set(spec.tensors) - set(tensors)):
         raise ArtifactError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
     to = Emitter(tensors)
-    lowering = _Lowering(spec, to)
+    lowering = _Lowering(spec, to, {name: i for i, name in enumerate(targets)}, max_rank)
     lowering.add_all(spec.ops)
     to.pick_rows()
     lowering.add_all(spec.head_ops[:-1])
@@ -62,13 +71,18 @@ def lower(spec: DecoderSpec, tensors: Mapping[str, Tensor | PackedLinear]) -> Lo
     head = spec.head_ops[-1]
     if not isinstance(head, Linear):
         raise CannotLower("the head does not end in a product")
-    return Lowered(code, to.slot(head.out), to.slot(head.x), num_hidden_ops)
+    packed = {name: weight for (name, _), weight in to.packed.items()}
+    slots = to.slot(head.out), to.slot(head.x)
+    return Lowered(code, *slots, num_hidden_ops, {**tensors, **packed})
 
 
 @dataclass(slots=True)
 class _Lowering:
     spec: DecoderSpec
     to: Emitter
+    targets: Mapping[str, int]
+    """Index of each weight that adapters add to."""
+    max_rank: int
 
     def add_all(self, ops: Sequence[SpecOp]) -> None:
         """A product and the activation behind it become one op."""
@@ -123,6 +137,8 @@ class _Lowering:
         out = self.to.new(op.out, columns, torch.bfloat16)
         self.to.blocks.pop(out, None)
         if not self.to.picked and self._only_products_read(op.out, rest):
+            if self.targets:  # adapters read the values
+                self.to.emit(structs.RMS_NORM, x, out, **fields)
             blocks = self.to.new(f"blocks of {out}", columns, torch.uint8)
             self.to.emit(structs.RMS_NORM, x, blocks, mode=structs.NORM_BLOCKS, **fields)
             self.to.blocks[out] = blocks
@@ -140,14 +156,17 @@ class _Lowering:
         return True
 
     def _linear(self, op: Linear, gate: GatedActivation | None = None) -> None:
-        x = self.to.read(op.x, torch.bfloat16)
+        values = x = self.to.read(op.x, torch.bfloat16)
         packed = self.to.pack(op.weight, gate is not None)
         n, k = packed.n, packed.k
+        num_rows, where = packed.data.shape[0] * structs.PANEL, address(packed)
         if packed.format != "bf16":
             x = self.to.quantized(x)
-        if gate is not None:
-            mode = structs.SILU if gate.kind == "silu" else structs.GELU
-            out = self.to.new(gate.out, n // 2, torch.bfloat16)
+        target = self.targets.get(op.weight)
+        if gate is not None and target is None:
+            mode, out = self._activation(gate), self.to.new(gate.out, n // 2, torch.bfloat16)
+        elif gate is not None:
+            mode, out = structs.STORE_F32, self.to.new(op.out, num_rows, torch.float32)
         elif op.accumulate:
             mode, out = structs.ADD_F32, self.to.read(op.out, torch.float32)
         else:
@@ -155,8 +174,21 @@ class _Lowering:
         bias = None
         if op.bias is not None:
             bias = self.to.keep(pack_bias(self.to.plain(op.bias), gate is not None))
-        num_rows, where = packed.data.shape[0] * structs.PANEL, address(packed)
         self.to.emit(structs.LINEAR, x, out, mode=mode, n=num_rows, k=k, extra=bias, **where)
+        if target is None:
+            return
+        shrunk = self.to.new("shrunk", self.max_rank, torch.bfloat16)
+        narrow = {"mode": structs.STORE_BF16, "n": self.max_rank, "k": k, "target": target}
+        self.to.emit(structs.SHRINK, values, shrunk, **narrow)
+        wide = {"mode": structs.ADD_F32, "n": num_rows, "target": target}
+        self.to.emit(structs.EXPAND, shrunk, out, **wide)
+        if gate is not None:
+            gated = self.to.new(gate.out, n // 2, torch.bfloat16)
+            mode = self._activation(gate)
+            self.to.emit(structs.ACTIVATE, out, gated, mode=mode, n=num_rows)
+
+    def _activation(self, gate: GatedActivation) -> int:
+        return structs.SILU if gate.kind == "silu" else structs.GELU
 
     def _attention(self, op: Attention) -> None:
         shape = op.shape

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from torchweave_ray.attention.base import AttentionBackend, LayerKV, StepInputs
 from torchweave_ray.errors import ArtifactError
+from torchweave_ray.models.lora.fitted import FittedAdapter, LoraPair
 from torchweave_ray.models.spec import (
     Attention,
     DecoderSpec,
@@ -27,7 +28,7 @@ from torchweave_ray.models.spec import (
 
 
 class TorchExecutor:
-    """An `Executor`. `tensors` hold what `spec.tensors` names, all of one dtype and device."""
+    """An `Adaptable`. `tensors` hold what `spec.tensors` names, all of one dtype and device."""
 
     name = "torch"
 
@@ -66,6 +67,14 @@ class TorchExecutor:
         for op in before:
             step.run(op)
         return step.buffers[product.x].float()
+
+    def load_adapter(self, adapter: FittedAdapter) -> Mapping[str, LoraPair]:
+        """Its matrices in the weights' dtype, beside them. Any thread may call."""
+        like = next(iter(self._tensors.values()))
+        return {
+            name: LoraPair(*(each.to(like.device, like.dtype) for each in (pair.a, pair.b)))
+            for name, pair in adapter.pairs.items()
+        }
 
     def begin(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> TorchStep:
         """A step before its first op, for callers that run and watch the ops one by one."""
@@ -119,6 +128,12 @@ class TorchStep:
     def _linear(self, op: Linear) -> None:
         bias = None if op.bias is None else self._tensors[op.bias]
         product = functional.linear(self.buffers[op.x], self._tensors[op.weight], bias)
+        for rows in self._inputs.adapters:
+            assert isinstance(rows.adapter, Mapping), "an adapter is loaded by its executor"
+            if (pair := rows.adapter.get(op.weight)) is not None:
+                own = slice(rows.start, rows.end)
+                shrunk = functional.linear(self.buffers[op.x][own], pair.a)
+                product[own] += functional.linear(shrunk, pair.b)
         if op.accumulate:
             self.buffers[op.out].add_(product)
         else:

@@ -33,6 +33,10 @@ enum TwOpKind {
     TW_SPREAD = 10,   // out = spread rows of x, k bytes each
     TW_EXPERTS = 11,  // LINEAR over spread rows, each with its expert's weights
     TW_MIX = 12,      // out f32 += shares of x f32 (spread rows)
+    // A step with LoRA adapters: products of each group of rows with its adapter's weights.
+    TW_ACTIVATE = 13,  // x f32 (a gated product's panels) -> out bf16, by mode
+    TW_SHRINK = 14,    // x bf16 -> out bf16 [T, rank]
+    TW_EXPAND = 15,    // x bf16 [T, rank] -> out f32 +=
 };
 
 enum TwLinearMode {
@@ -84,7 +88,7 @@ struct TwOp {
     float eps;           // RMS_NORM, ROPE_KV
     float scale;         // EMBED, ATTEND
     float soft_cap;      // 0: none
-    float reserved_f;
+    int32_t target;      // SHRINK, EXPAND: index into an adapter's weights
     int32_t rotary_dim;  // ROPE_KV: the first dimensions of a head, that turn
     int32_t num_experts, top_k;
     int32_t spread;      // 1: runs over spread rows
@@ -94,6 +98,13 @@ struct TwOp {
     const void* extra;   // LINEAR: f32 bias or null; ROPE_KV: f32 k norm or null
     const void* scales;  // of a quantised weight
     int64_t weight_stride, scales_stride;  // EXPERTS: bytes from one expert's to the next one's
+};
+
+// What one adapter adds to one product: x @ shrink @ expand, both packed bf16. Null: nothing.
+struct TwLora {
+    const void* shrink;  // [rank, k]
+    const void* expand;  // [n, rank]
+    int64_t rank;
 };
 
 // One step's batch: T tokens of S sequences, R rows picked. See attention/base.py's StepInputs.
@@ -115,6 +126,9 @@ struct TwStep {
     int64_t block_size;
     void* buffers[TW_MAX_BUFFERS];
     const float* ropes[TW_MAX_ROPES];  // [positions, rotary_dim]: cos then sin of each half
+    int64_t num_adapters;
+    const int64_t* adapter_bounds;         // [num_adapters + 1]: adapter i has rows [i] .. [i + 1]
+    const struct TwLora* const* adapters;  // [num_adapters][targets]
 };
 
 // One row of a draw; see runner/sampler.py for what each field means.

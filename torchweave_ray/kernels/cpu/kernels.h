@@ -34,6 +34,7 @@ struct TwKernels {
     void (*rms_norm)(const TwOp& op, const TwStep& step, int64_t row);
     // Columns of one panel, rows [row0, row1).
     void (*linear)(const TwOp& op, const TwStep& step, int64_t panel, int64_t row0, int64_t row1);
+    void (*activate)(const TwOp& op, const TwStep& step, int64_t row);
     void (*rope_kv)(const TwOp& op, const TwStep& step, int64_t token);
     // `next`: the unit that this thread likely takes next, or null: its keys are fetched ahead.
     void (*attend)(const TwOp& op, const TwStep& step, const TwUnit& unit, const TwUnit* next,

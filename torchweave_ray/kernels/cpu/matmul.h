@@ -49,6 +49,16 @@ static inline void write_row(const TwOp& op, void* out, int64_t row, int64_t pan
     }
 }
 
+// What a gated product leaves to its activation where something was added in between.
+static void activate(const TwOp& op, const TwStep& step, int64_t row) {
+    const float* x = (const float*)step.buffers[op.x] + row * op.ldx;
+    for (int64_t panel = 0; panel < op.n / TW_PANEL; panel++) {
+        F acc[VECS];
+        for (int v = 0; v < VECS; v++) acc[v] = load(x + panel * TW_PANEL + v * W);
+        write_row(op, step.buffers[op.out], row, panel, acc);
+    }
+}
+
 // R rows. `ahead`: what the processor fetches meanwhile, `ahead_stride` bytes for each pair.
 template <int R>
 struct PairTile {

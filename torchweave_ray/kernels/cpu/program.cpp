@@ -14,6 +14,8 @@ constexpr int64_t LINEAR_ROWS = 192;
 // A sequence of at most so many rows a KV head has its splits computed side by side.
 constexpr int64_t SPLIT_ROWS = 64;
 constexpr int64_t TOKEN_GRAIN = 4;
+// Rows of a unit that shrinks: an adapter's rank makes few panels.
+constexpr int64_t SHRINK_ROWS = 32;
 
 // Which units attention has, the same for every layer of a program.
 struct AttentionPlan {
@@ -103,6 +105,13 @@ int64_t rows_of(const TwOp& op, const TwStep& step) {
     return op.picked ? step.num_rows : op.spread ? step.num_tokens * op.top_k : step.num_tokens;
 }
 
+int64_t adapter_rows(const TwOp& op) { return op.kind == TW_SHRINK ? SHRINK_ROWS : LINEAR_ROWS; }
+
+// Of one adapter, as if it had all rows and the largest rank.
+int64_t adapter_units(const TwOp& op, const TwStep& step) {
+    return groups(op.n, TW_PANEL) * groups(step.num_tokens, adapter_rows(op));
+}
+
 int64_t num_units(const void* context, int64_t stage) {
     const Run& run = *(const Run*)context;
     const TwOp& op = run.ops[stage];
@@ -114,6 +123,9 @@ int64_t num_units(const void* context, int64_t stage) {
             return groups(op.n, TW_PANEL) * (rows < op.num_experts ? rows : op.num_experts);
         case TW_GROUP_ROWS:
             return 1;
+        case TW_SHRINK:
+        case TW_EXPAND:
+            return adapter_units(op, *run.step) * run.step->num_adapters;
         case TW_ATTEND:
             return (int64_t)run.attention.units.size();
         case TW_MERGE:
@@ -142,6 +154,23 @@ void run_expert(const Run& run, const TwOp& op, int64_t unit) {
     for (int64_t chunk = 0; chunk < chunks; chunk++)
         run.kernels->linear(own, *run.step, unit % panels, first + rows * chunk / chunks,
                             first + rows * (chunk + 1) / chunks);
+}
+
+// One panel of one adapter, over some of its rows.
+void run_adapter(const Run& run, const TwOp& op, int64_t unit) {
+    const TwStep& step = *run.step;
+    const int64_t units = adapter_units(op, step), index = unit / units;
+    const int64_t chunks = groups(step.num_tokens, adapter_rows(op));
+    const int64_t panel = unit % units / chunks;
+    const TwLora& lora = step.adapters[index][op.target];
+    const int64_t end = step.adapter_bounds[index + 1];
+    const int64_t row0 = step.adapter_bounds[index] + unit % chunks * adapter_rows(op);
+    const int64_t row1 = row0 + adapter_rows(op) < end ? row0 + adapter_rows(op) : end;
+    if (lora.shrink == nullptr || row0 >= row1) return;
+    TwOp own = op;
+    own.weight = op.kind == TW_SHRINK ? lora.shrink : lora.expand;
+    (op.kind == TW_SHRINK ? own.n : own.k) = lora.rank;
+    if (panel < groups(own.n, TW_PANEL)) run.kernels->linear(own, step, panel, row0, row1);
 }
 
 // The part of `work` that mixtures have.
@@ -204,6 +233,13 @@ void work(const void* context, int64_t stage, int64_t unit) {
                            rows * (chunk + 1) / chunks);
             break;
         }
+        case TW_ACTIVATE:
+            each_of(unit, rows, [&](int64_t i) { kernels.activate(op, step, i); });
+            break;
+        case TW_SHRINK:
+        case TW_EXPAND:
+            run_adapter(run, op, unit);
+            break;
         case TW_ATTEND: {
             const TwUnit* found = &run.attention.units[unit];
             const bool is_last = unit + 1 == (int64_t)run.attention.units.size();

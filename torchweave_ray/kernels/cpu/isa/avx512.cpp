@@ -12,6 +12,6 @@
 #include "sampler.h"
 
 extern const TwKernels tw_kernels_avx512 = {
-    embed, rms_norm, linear, rope_kv, attend, merge, pick, quantize, route, mix,
+    embed, rms_norm, linear, activate, rope_kv, attend, merge, pick, quantize, route, mix,
     sample, ceiling,
 };
