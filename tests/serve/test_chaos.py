@@ -106,7 +106,17 @@ def freeze_replica(served: Served, load: Load, dice: random.Random) -> None:
 
 
 def kill_node(served: Served, load: Load, dice: random.Random) -> None:
-    node = dice.choice(served.nodes.without_ingress())
+    _kill(dice.choice(served.nodes.without_ingress()), served, load)
+
+
+def kill_node_with_ingress(served: Served, load: Load, dice: random.Random) -> None:
+    """Streams lose both at once, where there is such a node."""
+    others = served.nodes.without_ingress()
+    both = [node for node in served.nodes.all if node not in others]
+    _kill(dice.choice(both or others), served, load)
+
+
+def _kill(node: Any, served: Served, load: Load) -> None:
     send(processes_of(node), signal.SIGKILL)
     served.nodes.forget(node)
     load.go_on(NUM_CLIENTS)
@@ -152,7 +162,8 @@ ACTIONS: dict[Action, int] = {
     kill_replica: 4,
     kill_ingress: 4,
     freeze_replica: 1,
-    kill_node: 2,
+    kill_node: 1,
+    kill_node_with_ingress: 2,
     freeze_node: 1,
     change_limits: 2,
     deploy_anew: 2,
