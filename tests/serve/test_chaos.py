@@ -24,8 +24,8 @@ from ray import serve
 from deployments.bus.listener import DEAD_AFTER_S, HEARTBEAT_S
 from tests.serve import cluster
 from tests.serve.cluster import config, deploy, wait_until
+from tests.serve.hosts.nodes import Nodes, processes_of, replicas_on, send, several_nodes
 from tests.serve.lifecycle.load import Body, Load, bodies, read
-from tests.serve.nodes import Nodes, processes_of, replicas_on, send, several_nodes
 from tests.tiny import make_tiny_artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from deployments.bus.listener import DEAD_AFTER_S
 from tests.serve import cluster
 from tests.serve.cluster import Client, config, deploy, free_port, wait_until
-from tests.serve.nodes import send
+from tests.serve.hosts.nodes import send
 from tests.tiny import make_checkpoint
 from torchweave_ray.bench.process_tree import ProcessTree
 

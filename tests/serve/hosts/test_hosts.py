@@ -15,7 +15,7 @@ import ray
 
 from tests.serve import cluster
 from tests.serve.cluster import config, deploy, wait_until
-from tests.serve.nodes import Nodes, processes_of, replicas_on, send, several_nodes
+from tests.serve.hosts.nodes import Nodes, processes_of, replicas_on, send, several_nodes
 from tests.tiny import make_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
