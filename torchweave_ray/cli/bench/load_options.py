@@ -144,6 +144,10 @@ OccupancyToo = Annotated[
         rich_help_panel=REPORT,
     ),
 ]
+Plots = Annotated[
+    Path | None,
+    typer.Option(help="Folder for PNG and SVG of it, as of `bench plot`.", rich_help_panel=REPORT),
+]
 Save = Annotated[
     bool,
     typer.Option("--save", help="Write a results file with its origin.", rich_help_panel=REPORT),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -56,6 +58,7 @@ def serving(
     slo_tpot_ms: options.SloTpot = None,
     slo_request_ms: options.SloRequest = None,
     occupancy: options.OccupancyToo = False,
+    plots: options.Plots = None,
     save_it: options.Save = False,
     results: options.Results = RESULTS,
 ) -> None:
@@ -79,10 +82,13 @@ def run(given: Mapping[str, Any]) -> None:
         raise typer.BadParameter(str(error), param_hint="--cpu-of") from error
     points = [m.point for m in measured]
     print_table(points, [*unbatched_gain(points), *late_sending(points)])
+    addresses = {t.name: f"{t.url} {t.dialect.path}" for t in targets}
+    values = {**_set_values(dataclasses.asdict(config)), "targets": addresses}
+    lines = [m.to_dict() for m in measured]
     if given["save_it"]:
-        addresses = {t.name: f"{t.url} {t.dialect.path}" for t in targets}
-        values = {**_set_values(dataclasses.asdict(config)), "targets": addresses}
-        save(given["results"], "serving", values, [m.to_dict() for m in measured])
+        save(given["results"], "serving", values, lines)
+    if given["plots"] is not None:
+        _draw(given["plots"], values, lines)
     if any(point.failed for point in points):
         raise typer.Exit(1)
 
@@ -108,8 +114,16 @@ def configured(given: Mapping[str, Any]) -> ServingConfig:
         seed=new_seed(given["seed"]),
         timeout_s=given["timeout"],
         cpu_of=tuple(given["cpu_of"] or ()),
-        occupancy=given["occupancy"],
+        occupancy=given["occupancy"] or given["plots"] is not None,
     )
+
+
+def _draw(folder: Path, config: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    from torchweave_ray.bench.report.charts import draw_charts
+    from torchweave_ray.bench.report.results import results_of
+
+    for path in draw_charts([results_of(config, lines)], folder, "serving"):
+        print(f"drew {path}", file=sys.stderr)
 
 
 async def _measure(

@@ -1,0 +1,80 @@
+"""Results files read back, and their points as the series that plots and comparisons show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torchweave_ray.bench.origin import describe_origin
+from torchweave_ray.errors import ConfigError
+
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    path: Path
+    kind: str
+    origin: dict[str, Any]
+    config: dict[str, Any]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One target's points, in the order of their load."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+def read_results(path: Path) -> Results:
+    """Raises ConfigError for what is not a results file with points."""
+    try:
+        values = json.loads(path.read_text())
+        points = tuple(p for p in values["points"] if "target" in p)
+        results = Results(path, values["kind"], values["origin"], values["config"], points)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no results file of `torchweave bench`") from error
+    if not points:
+        raise ConfigError(f"{path} has no points of a load: a file of `bench serving --save` has")
+    return results
+
+
+def results_of(config: dict[str, Any], points: Sequence[Point]) -> Results:
+    """What was measured just now, as if it had been saved and read."""
+    return Results(Path(), "serving", asdict(describe_origin()), config, tuple(points))
+
+
+def series_of(results: Sequence[Results]) -> list[Series]:
+    """By target; where two files have the same one, the commit tells them apart."""
+    named: dict[str, list[Point]] = {}
+    for each in results:
+        here: dict[str, list[Point]] = {}
+        for point in each.points:
+            here.setdefault(point["target"], []).append(point)
+        for target, points in here.items():
+            commit = each.origin.get("commit", "unknown")
+            name = target if target not in named else f"{target} ({commit})"
+            named.setdefault(name, []).extend(points)
+    return [Series(name, tuple(sorted(points, key=_load))) for name, points in named.items()]
+
+
+def load_of(point: Point) -> str:
+    """c=4: clients; 2/s: arrivals."""
+    return f"{point['rate']:g}/s" if "rate" in point else f"c={point['concurrency']}"
+
+
+def machine_of(results: Results) -> str:
+    """One line: where it was measured."""
+    machine, commit = results.origin.get("machine", {}), results.origin.get("commit", "unknown")
+    return f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'an unknown CPU')}, {commit}"
+
+
+def _load(point: Point) -> tuple[float, float]:
+    return point.get("rate", 0.0), point.get("concurrency", 0)
