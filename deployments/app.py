@@ -53,7 +53,12 @@ def build(args: AppArgs) -> Application:
         for model, placement in zip(args.models, placements, strict=True)
     }
     settings = args.api_settings
-    settings = replace(settings, default_model=settings.default_model or args.models[0].name)
+    settings = replace(
+        settings,
+        default_model=settings.default_model or args.models[0].name,
+        keys_file=_absolute(settings.keys_file),
+        usage_log=_absolute(settings.usage_log),
+    )
     sleepers = tuple(
         model.name
         for model in args.models

@@ -37,6 +37,8 @@ VARIABLES = (
     Variable("TOP_K", ("api", "top_k"), int),
     Variable("TOP_P", ("api", "top_p"), float),
     Variable("SEED", ("api", "seed"), int),
+    Variable("API_KEYS_FILE", ("api", "keys_file"), str),
+    Variable("USAGE_LOG_DIR", ("api", "usage_log"), str),
 )
 
 

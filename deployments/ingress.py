@@ -23,6 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.access.exposure import warn_if_open
 from deployments.backend.attempts import ModelClient
 from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
@@ -90,6 +91,8 @@ class Ingress:
         counted = (self._app.state.metrics, self._backend.moves)
         self._mirrors = [mirrored(each, {}) for each in counted]
         self._warmups = [asyncio.create_task(self._warm(model)) for model in models]
+        if config.api.keys_file is None:
+            self._warmups.append(asyncio.create_task(warn_if_open()))
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return self._app

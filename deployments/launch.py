@@ -28,6 +28,7 @@ from deployments.environment import apply_environment
 from deployments.log import log_through_serve
 from deployments.status import the_error_in
 from optimizer.task import check_recipe
+from torchweave_ray.api.access.key_file import read_keys
 from torchweave_ray.errors import ConfigError, TorchWeaveError
 
 BUILDER = "deployments.app:build"
@@ -99,8 +100,10 @@ def _check(application: ServeApplicationSchema) -> None:
             args = AppArgs.model_validate(application.args)
         except ValidationError as error:
             raise ConfigError(f"args: {error}") from error
-        # As the builder will, in an environment like this.
-        for model in apply_environment(args, os.environ).models:
+        args = apply_environment(args, os.environ)  # as the builder will, in one like this
+        if (keys_file := args.api_settings.keys_file) is not None:
+            read_keys(Path(keys_file))
+        for model in args.models:
             if model.artifact is None:
                 check_recipe(model.recipe or DEFAULT_RECIPE)
             for deployment in application.deployments:

@@ -3,10 +3,13 @@
     TorchWeaveError
     ├── RequestError            answers one request with an HTTP status
     │   ├── InvalidRequest      400, names the field in ``param``
+    │   ├── Unauthenticated     401
+    │   ├── Forbidden           403
     │   ├── ModelNotFound       404
     │   ├── RequestNotFound     404, of a request that is to be stopped
     │   ├── RequestTooLarge     413
     │   ├── Overloaded          429, ``retry_after`` seconds
+    │   │   └── RateLimited     429, of one caller
     │   ├── Unavailable         503, ``retry_after`` seconds
     │   └── DeadlineExceeded    504
     ├── EngineError
@@ -67,6 +70,16 @@ class InvalidRequest(RequestError):
     type = "invalid_request_error"
 
 
+class Unauthenticated(RequestError):
+    status = 401
+    type = "authentication_error"
+
+
+class Forbidden(RequestError):
+    status = 403
+    type = "permission_error"
+
+
 class ModelNotFound(RequestError):
     status = 404
     type = "invalid_request_error"
@@ -90,6 +103,10 @@ class RequestTooLarge(RequestError):
 class Overloaded(RequestError):
     status = 429
     type = "rate_limit_error"
+
+
+class RateLimited(Overloaded):
+    """The caller has used up what its key allows; the server may have room."""
 
 
 class Unavailable(RequestError):

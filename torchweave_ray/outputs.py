@@ -79,7 +79,8 @@ class GenerateRequest:
     emitted_chars: int = 0
     n: int = 1
     tenant: str = ""
-    priority: int = 0  # higher goes first
+    weight: float = 1.0  # the tenant's share of the engine, among those that compete for it
+    priority: int = 0  # higher goes first, among the tenant's own
     deadline: float | None = None
     """On the engine's clock; one that travels is a `Deadline`. A request still unfinished then is
     ended, and before it begins as soon as its prompt cannot be computed in time."""

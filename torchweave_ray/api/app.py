@@ -11,6 +11,9 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from torchweave_ray.api import playground
+from torchweave_ray.api.access.access import access_of
+from torchweave_ray.api.access.guard import guarding
+from torchweave_ray.api.access.quota import Accounts
 from torchweave_ray.api.endpoint import Endpoint, RequestIds
 from torchweave_ray.api.errors import on_http_exception, on_request_error
 from torchweave_ray.api.observe.metrics import CountedApp
@@ -29,11 +32,13 @@ def create_app(
     settings: ApiSettings | None = None,
     check_health: CheckHealth | None = None,
     recall: Recall | None = None,
+    accounts: Accounts | None = None,
 ) -> Starlette:
     """`check_health`: None asks the backend for its models, which it may know from before.
-    `recall` knows the streams of other processes."""
+    `recall` knows the streams of other processes, `accounts` what keys use there."""
     settings = settings or ApiSettings()
-    service = Service(backend, load_tokenizer, settings, recall)
+    access = access_of(settings, accounts)
+    service = Service(backend, load_tokenizer, settings, recall, access)
     table = paths(service, check_health or service.infos)
     reference = ReferenceApi([operation for operation, _ in table])
     app = Starlette(
@@ -44,7 +49,11 @@ def create_app(
             Route("/", playground.page),
             Route("/playground/{name}", playground.asset),
         ],
-        middleware=[Middleware(RequestIds), Middleware(CountedApp, metrics=service.metrics)],
+        middleware=[
+            Middleware(RequestIds),
+            Middleware(CountedApp, metrics=service.metrics),
+            *guarding(access, settings),
+        ],
         exception_handlers={
             RequestError: on_request_error,
             HTTPException: on_http_exception,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -22,6 +23,15 @@ from torchweave_ray.errors import (
 
 _ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 """Whose clients know errors in another shape."""
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 INTERNAL_ERROR = "internal server error; the server's log has it under this x-request-id"
 
 
@@ -45,14 +55,24 @@ def failure_of(why: str | None) -> RequestError:
     return RequestError(why or "the engine failed on this request", None, "generation_failed")
 
 
+def answer_to(path: str, error: RequestError) -> JSONResponse:
+    """In the shape that the path's clients know."""
+    response = error_response(error)
+    if not path.endswith(_ANTHROPIC):
+        return response
+    retry = response.headers.get("Retry-After")
+    headers = {} if retry is None else {"Retry-After": retry}
+    return JSONResponse(anthropic_error(error.status, error.message), error.status, headers)
+
+
+def anthropic_error(status: int, message: str) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
 async def on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    response = error_response(error)
-    if not request.url.path.endswith(_ANTHROPIC):
-        return response
-    body = {"type": "error", "error": {"type": error.type, "message": error.message}}
-    retry = response.headers.get("Retry-After")
-    return JSONResponse(body, error.status, {} if retry is None else {"Retry-After": retry})
+    return answer_to(request.url.path, error)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -64,7 +84,10 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed on {path}",
     }.get(error.status_code, error.detail)
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    shown = anthropic_error(error.status_code, message) if path.endswith(_ANTHROPIC) else None
+    return JSONResponse(
+        shown or {"error": body}, status_code=error.status_code, headers=error.headers
+    )
 
 
 def invalid_body(error: ValidationError) -> InvalidRequest:

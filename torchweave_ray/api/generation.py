@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torchweave_ray.api.access.caller import CALLER
 from torchweave_ray.api.endpoint import Call
 from torchweave_ray.api.errors import failure_of
 from torchweave_ray.api.running import StopSwitch
@@ -42,10 +43,12 @@ def generate(
     """Closed with the call at the latest; DELETE /v1/requests/{id} can stop it, and a stream can be
     opened again.
 
-    All have the call's session and deadline.
+    All have the call's session and deadline, and its caller's tenant.
     """
+    caller = CALLER.get()
     requests = [
-        replace(request, session_id=call.session_id, deadline=call.deadline) for request in requests
+        caller.stamped(replace(request, session_id=call.session_id, deadline=call.deadline))
+        for request in requests
     ]
     if is_stream:
         requests = open_stream(call, service, requests)
@@ -57,6 +60,7 @@ def generate(
         for index, (request, switch) in enumerate(zip(requests, switches, strict=True))
     ]
     outputs = _one(sources[0]) if len(sources) == 1 else _several(sources)
+    outputs = service.usage.metered(call, caller, requests, outputs)
     call.stack.push_async_callback(outputs.aclose)
     return outputs
 

@@ -11,6 +11,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torchweave_ray.api.access.access import Access
+from torchweave_ray.api.access.caller import CALLER
+from torchweave_ray.api.access.usage import Usage
 from torchweave_ray.api.grammar import Wanted
 from torchweave_ray.api.grammar_checks import GrammarChecks
 from torchweave_ray.api.observe.metrics import HttpMetrics
@@ -45,11 +48,14 @@ class Service:
         load_tokenizer: LoadTokenizer,
         settings: ApiSettings,
         recall: Recall | None = None,
+        access: Access | None = None,
     ) -> None:
         """`recall`: None where no other process has streams."""
         self.backend = backend
         self.settings = settings
         self.metrics = HttpMetrics()
+        access = access or Access()
+        self.usage = Usage(access.accounts, self.metrics, access.usage_log)
         self.running = RunningRequests()
         self.grammars = GrammarChecks()
         self.streams = StreamRecords()
@@ -62,16 +68,21 @@ class Service:
         return [] if self._recall is None else await self._recall(call_id)
 
     async def infos(self) -> list[ModelInfo]:
-        """Raises Unavailable when nothing is served."""
+        """Those that the caller may use; raises Unavailable when nothing is served."""
         infos = await self.backend.models()
         if not infos:
             raise Unavailable("no model is served yet")
-        return infos
+        caller = CALLER.get()
+        return [caller.seen(info) for info in infos if caller.may_use(info.id)]
 
     async def info(self, name: str | None) -> ModelInfo:
-        """The model that a request names, or the default; raises ModelNotFound."""
-        name = name if name is not None else self.settings.default_model
-        return await self.backend.info(name) if name is not None else (await self.infos())[0]
+        """The model that a request names, or the default; raises ModelNotFound or Forbidden."""
+        caller = CALLER.get()
+        if name is None:
+            name = self.settings.default_model or next((i.id for i in await self.infos()), "")
+            name = name if caller.may_use(name) else next((i.id for i in await self.infos()), name)
+        caller.check_model(name)
+        return caller.seen(await self.backend.info(name))
 
     async def model(self, name: str | None) -> Model:
         info = await self.info(name)

@@ -27,3 +27,13 @@ class ApiSettings:
     and its events have no ids."""
     health_timeout_s: float = 5.0
     """A backend that says nothing for so long is not healthy."""
+    keys_file: str | None = None
+    """API keys, see access/key_file.py; None: everybody who reaches the server may use it."""
+    metrics_need_key: bool = True
+    """With a keys file: /metrics wants a key whose `operator` is set."""
+    pages_need_key: bool = True
+    """With a keys file: so do the playground and the API's description, any key."""
+    usage_log: str | None = None
+    """A folder for JSON lines that say what each call came to; None: no such log."""
+    usage_log_max_bytes: int = 64 << 20
+    """A file of it that has so many is followed by another. None is ever deleted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from torchweave_ray.cli import artifact, bench
+from torchweave_ray.cli import artifact, bench, keys
 from torchweave_ray.cli.batch import batch
 from torchweave_ray.cli.doctor import doctor
 from torchweave_ray.cli.generate import generate
@@ -24,6 +24,7 @@ def build_app() -> typer.Typer:
     app.command()(batch)
     app.command()(optimize)
     artifact.add_commands(app)
+    keys.add_commands(app)
     app.command()(doctor)
     bench.add_commands(app)
     return app

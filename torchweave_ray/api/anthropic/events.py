@@ -17,6 +17,7 @@ from torchweave_ray.api.chat.blocks import (
     Opened,
 )
 from torchweave_ray.api.chat.turn import Turn
+from torchweave_ray.api.errors import anthropic_error
 from torchweave_ray.api.generation import Progress
 from torchweave_ray.errors import RequestError
 from torchweave_ray.outputs import FinishReason, RequestOutput, Usage
@@ -58,7 +59,8 @@ class MessageWriter:
         return (text + _event("message_stop")).encode()
 
     def error(self, error: RequestError) -> bytes:
-        return _event("error", error={"type": error.type, "message": error.message}).encode()
+        body = anthropic_error(error.status, error.message)
+        return _event("error", error=body["error"]).encode()
 
     def _start(self) -> str:
         self._has_begun = True

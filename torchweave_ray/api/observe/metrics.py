@@ -18,6 +18,8 @@ from torchweave_ray.reported import Reported
 
 KINDS = {
     400: "invalid_request",
+    401: "unauthenticated",
+    403: "forbidden",
     404: "not_found",
     413: "too_large",
     429: "overloaded",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from torchweave_ray.api.access.caller import CALLER
 from torchweave_ray.api.streams.event_ids import (
     PARAM,
     EventId,
@@ -144,7 +145,7 @@ class StreamsApi:
         if _STREAM_ID.fullmatch(stream_id):
             found = whole(self._service.streams.recall(stream_id))
             found = found or whole(await self._service.recall(stream_id))
-            if found:
+            if found and found[0].tenant == CALLER.get().tenant:
                 return found
         raise RequestNotFound(
             f"no stream {stream_id!r} is known: it never was, has been over for more than "

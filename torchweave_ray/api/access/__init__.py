@@ -1,0 +1,1 @@
+"""Who may ask, how much, and what it came to: keys, limits of each, usage."""
