@@ -1,7 +1,8 @@
 """What metrics cost: tokens a second with them and without, turn about in one process beside Ray.
 
-`metrics_cost.py ARTIFACT [--save]`. "On" is what a replica
-does: the meter in every step, and Ray's copy of it once a second.
+python scripts/metrics/cost.py ARTIFACT [--save]
+
+"On" is what a replica does: the meter in every step, and Ray's copy of it once a second.
 """
 
 from __future__ import annotations
