@@ -15,8 +15,8 @@ from pathlib import Path
 from torchweave_ray.bench.process_tree import wait_until_calm
 from torchweave_ray.bench.server_process import started_server
 
-CLOSED = ("--concurrency", "1,2,4,8,16,32")
-OPEN = ("--rates", "1,2,3,4", "--duration", "15", "--slo-ttft-ms", "500", "--slo-itl-ms", "100")
+CLOSED = ("--concurrency", "1,4,8,16,32")
+OPEN = ("--rates", "1,2,4,6", "--duration", "12", "--slo-ttft-ms", "500", "--slo-itl-ms", "100")
 
 
 def main() -> None:

@@ -48,14 +48,15 @@ def test_a_prompt_from_stdin_goes_through_the_chat_template(artifact: Path) -> N
     assert typed.stderr.split()[0] == piped.stderr.split()[0] != raw.stderr.split()[0]
 
 
-def test_a_chat_remembers_what_was_said(artifact: Path) -> None:
-    result = _run(
-        artifact, "generate", "--max-tokens", "4", stdin="What is a star?\n\nAnd a sun?\n"
-    )
-    assert result.exit_code == 0, result.output
-    counts = [int(line[1:].split()[0]) for line in result.stderr.splitlines()]
-    assert len(counts) == 2
-    assert counts[1] > 2 * counts[0] - 10
+def test_generate_says_all_of_it_as_json(artifact: Path) -> None:
+    args = ("generate", "Gravity is", "--raw", "--max-tokens", "8")
+    plain, whole = _run(artifact, *args), _run(artifact, *args, "--json")
+    assert whole.exit_code == 0, whole.output
+    found = json.loads(whole.stdout)
+    assert found["text"] + "\n" == plain.stdout
+    assert found["finish_reason"] in ("length", "stop")
+    assert found["usage"]["completion_tokens"] <= 8
+    assert found["timings"]["total_s"] > 0
 
 
 def test_bad_sampling_is_refused_before_a_model_loads(artifact: Path) -> None:

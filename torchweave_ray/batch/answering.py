@@ -42,7 +42,7 @@ def of_app(app: ASGIApp) -> Ask:
         async def send(message: Message) -> None:
             sent.append(dict(message))
 
-        await app(_scope(request), receive, send)
+        await app(scope_of(request.url, request.body), receive, send)
         headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
         whole = b"".join(message.get("body", b"") for message in sent[1:])
         return _answer(sent[0]["status"], headers, whole)
@@ -96,23 +96,24 @@ async def insist(ask: Ask, request: BatchRequest) -> Answer:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _scope(request: BatchRequest) -> dict[str, object]:
+def scope_of(path: str, body: bytes) -> dict[str, object]:
+    """Of a POST, as ASGI says it."""
     return {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": "POST",
         "scheme": "http",
-        "path": request.url,
-        "raw_path": request.url.encode(),
+        "path": path,
+        "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
         "headers": [
             (b"content-type", b"application/json"),
-            (b"content-length", str(len(request.body)).encode()),
+            (b"content-length", str(len(body)).encode()),
         ],
         "client": None,
-        "server": ("batch", 80),
+        "server": ("local", 80),
     }
 
 

@@ -6,6 +6,7 @@ import typer
 
 from torchweave_ray.cli import artifact, bench, keys
 from torchweave_ray.cli.batch import batch
+from torchweave_ray.cli.chat import chat
 from torchweave_ray.cli.doctor import doctor
 from torchweave_ray.cli.generate import generate
 from torchweave_ray.cli.optimize import optimize
@@ -20,6 +21,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.command()(serve)
+    app.command()(chat)
     app.command()(generate)
     app.command()(batch)
     app.command()(optimize)
