@@ -136,7 +136,7 @@ def test_one_that_streams_goes_on_to_its_deadline() -> None:
         pass
     timed.now = 109.99
     (seq,) = timed.engine._scheduler.running
-    timed.engine._scheduler._preempt(seq)
+    timed.engine._scheduler.preempt(seq)
     outputs = [timed.engine.step() for _ in range(3)]
     assert not any(o.is_last for each in outputs for o in each)
     timed.now = 110.0

@@ -96,7 +96,8 @@ class Admission:
         """Raises Overloaded when a new request would take the backlog over its limit.
 
         An empty backlog takes any request, and a stream that goes on here was taken elsewhere
-        already. The cache is asked only when it could matter.
+        already. A tenant within its share of a full backlog is let in all the same: who floods it
+        shuts himself out. The cache is asked only when it could matter.
         """
         scheduler = self._scheduler
         limit = scheduler.config.max_waiting_tokens
@@ -107,7 +108,7 @@ class Admission:
             return
         probe.num_shared_tokens = scheduler.blocks.num_shared_tokens(probe)
         backlog, wanted = self.backlog(), probe.num_missing_tokens
-        if backlog and backlog + wanted > limit:
+        if backlog and backlog + wanted > limit and not self._is_within_share(probe, limit):
             raise Overloaded(
                 f"{backlog} prompt tokens are waiting, this request adds {wanted}, "
                 f"and the limit is {limit}",
@@ -115,6 +116,14 @@ class Admission:
                 "queue_full",
                 self._seconds_for(min(backlog, backlog + wanted - limit)),
             )
+
+    def _is_within_share(self, probe: Sequence, limit: int) -> bool:
+        scheduler, request = self._scheduler, probe.state.request
+        share = scheduler.shares.share(request.tenant, request.weight)
+        if share == 1.0:
+            return False
+        own = scheduler.num_waiting_tokens_of(request.tenant)
+        return not own or own + probe.num_missing_tokens <= share * limit
 
     def forget_hits(self) -> None:
         """What is shared has changed, as it does in every step; see `backlog`."""

@@ -7,25 +7,16 @@ ageing. A sequence leaves through one door, `finish`. Knows no text and no tenso
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
 
 from torchweave_ray.config import CacheConfig, SchedulerConfig
 from torchweave_ray.engine.block_manager import BlockManager
 from torchweave_ray.engine.budget import StepBudget
+from torchweave_ray.engine.fairness import FairShares
 from torchweave_ray.engine.output.results import apply_result
-from torchweave_ray.engine.plan import (
-    RuntimeLimits,
-    StepPlan,
-    StepResult,
-)
-from torchweave_ray.engine.sequence import (
-    RequestState,
-    Sequence,
-    SequenceStatus,
-    SequenceUpdate,
-)
+from torchweave_ray.engine.plan import RuntimeLimits, StepPlan, StepResult
+from torchweave_ray.engine.sequence import RequestState, Sequence, SequenceStatus, SequenceUpdate
 from torchweave_ray.engine.speculation.drafter import Drafter
 from torchweave_ray.engine.step_builder import ScheduledItem, StepBuilder
 from torchweave_ray.engine.waiting_queue import WaitingQueue
@@ -57,6 +48,7 @@ class Scheduler:
         self.drafter = drafter if limits.step_depth == 0 else None
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue(config.ageing_tokens_per_step)
+        self.shares = FairShares()
         self._exclusive: deque[Sequence] = deque()  # only the first may be running
         self._last_was_exclusive = False
         self._steps: deque[tuple[int, list[ScheduledItem]]] = deque()  # submitted, no result yet
@@ -78,6 +70,10 @@ class Scheduler:
         others = [*self.running, *self._waiting_exclusive()]
         return self.waiting.num_tokens + sum(seq.num_missing_tokens for seq in others)
 
+    def num_waiting_tokens_of(self, tenant: str) -> int:
+        own = (*self.running, *self._waiting_exclusive(), *self.waiting.of(tenant))
+        return sum(s.num_missing_tokens for s in own if s.state.request.tenant == tenant)
+
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting or self._exclusive or self._steps)
@@ -94,6 +90,7 @@ class Scheduler:
         seq = Sequence(seq_id, state, len(state.sequences), total, self.num_steps)
         seq.fork_source = fork_source
         state.sequences.append(seq)
+        self.shares.join(seq)
         self._enqueue(seq)
         return seq
 
@@ -111,6 +108,7 @@ class Scheduler:
         if seq.state.request.exclusive:
             self._exclusive.remove(seq)
         self._release(seq)
+        self.shares.leave(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason, seq.stop_reason, seq.error = reason, stop_reason, error
         seq.fork_source = None
@@ -160,15 +158,15 @@ class Scheduler:
     # Inside a step.
 
     def _schedule_batch(self, step: StepBuilder) -> None:
+        self.shares.make_room(self)
         batch = [s for s in self.running if not s.state.request.exclusive]
         decodes = [s for s in batch if s.num_remaining_tokens == 1 and not s.is_full]
         for seq in sorted(decodes, key=lambda s: s.seniority):
             if seq.status is SequenceStatus.RUNNING:  # else preempted by one before it
                 self._schedule_chunk(seq, step)
-        key = self.waiting.queue_key
         prompts = [s for s in batch if not s.is_waiting and s.num_remaining_tokens > 1]
         is_admitting = True
-        for seq in heapq.merge(sorted(prompts, key=key), list(self.waiting), key=key):
+        for seq in self.shares.order(prompts, self.waiting):
             if step.budget.is_spent:
                 return
             if seq.status is SequenceStatus.RUNNING:
@@ -218,6 +216,7 @@ class Scheduler:
         """Put the next tokens of a running sequence into the step, if memory can be had."""
         end = step.chunk_end(seq)
         if end > seq.num_computed_tokens and self._grow(seq, end, step):
+            self.shares.charge(seq, end)
             step.add(seq, end)
 
     # Memory.
@@ -232,12 +231,12 @@ class Scheduler:
             victim = max(victims, key=lambda s: s.seniority)
             if victim is seq and seq.num_remaining_tokens > 1:
                 return False  # a prompt keeps what it has and waits for its seniors
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is seq:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._release(seq)
         seq.status = SequenceStatus.WAITING

@@ -1,8 +1,9 @@
-"""The engine's only queue: sequences that hold no blocks, in one order."""
+"""The engine's only queue: sequences that hold no blocks, each tenant's in one order."""
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ class WaitingQueue:
         self.num_remaining_tokens = 0
         """The same if the prefix cache had nothing."""
         self._ageing = ageing_tokens_per_step
-        self._sequences: list[Sequence] = []
+        self._by_tenant: dict[str, list[Sequence]] = {}
 
     def queue_key(self, seq: Sequence) -> QueueKey:
         """Smallest first: priority, then fewest remaining tokens with ageing, then deadline.
@@ -32,14 +33,18 @@ class WaitingQueue:
 
     def add(self, seq: Sequence, num_shared_tokens: int) -> None:
         seq.num_shared_tokens = num_shared_tokens
-        bisect.insort(self._sequences, seq, key=self.queue_key)
+        own = self._by_tenant.setdefault(seq.state.request.tenant, [])
+        bisect.insort(own, seq, key=self.queue_key)
         self.num_tokens += seq.num_missing_tokens
         self.num_remaining_tokens += seq.num_remaining_tokens
 
     def remove(self, seq: Sequence) -> None:
-        index = bisect.bisect_left(self._sequences, self.queue_key(seq), key=self.queue_key)
-        assert self._sequences[index] is seq
-        del self._sequences[index]
+        own = self._by_tenant[seq.state.request.tenant]
+        index = bisect.bisect_left(own, self.queue_key(seq), key=self.queue_key)
+        assert own[index] is seq
+        del own[index]
+        if not own:
+            del self._by_tenant[seq.state.request.tenant]
         self.num_tokens -= seq.num_missing_tokens
         self.num_remaining_tokens -= seq.num_remaining_tokens
         seq.num_shared_tokens = 0
@@ -50,11 +55,16 @@ class WaitingQueue:
         seq.num_shared_tokens = num_tokens
         self.num_tokens += seq.num_missing_tokens
 
+    def of(self, tenant: str) -> list[Sequence]:
+        """First those that go first. Not to be changed."""
+        return self._by_tenant.get(tenant, [])
+
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
+        """Tenant by tenant."""
+        return itertools.chain.from_iterable(self._by_tenant.values())
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return sum(map(len, self._by_tenant.values()))
 
     def check_integrity(self) -> None:
         assert self.num_tokens == sum(seq.num_missing_tokens for seq in self)
