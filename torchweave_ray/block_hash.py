@@ -1,7 +1,7 @@
 """Chained hashes of full token blocks: the prefix cache's and the router's key.
 
-A block's hash covers tenant salt, artifact and every token up to its end, so equal hashes mean
-equal KV. 128-bit BLAKE2b: a collision would serve another prompt's KV, so nothing weaker.
+A block's hash covers tenant salt, artifact, adapter and every token up to its end, so equal hashes
+mean equal KV. 128-bit BLAKE2b: a collision would serve another prompt's KV, so nothing weaker.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ BlockHash = NewType("BlockHash", bytes)
 _DIGEST_SIZE = 16
 
 
-def root_hash(artifact_id: str, tenant: str = "", cache_salt: str = "") -> BlockHash:
+def root_hash(
+    artifact_id: str, tenant: str = "", cache_salt: str = "", adapter_id: str = ""
+) -> BlockHash:
     """The parent of the first block. Parts are length-prefixed so that they cannot run together."""
     h = blake2b(digest_size=_DIGEST_SIZE)
-    for part in (artifact_id, tenant, cache_salt):
+    for part in (artifact_id, tenant, cache_salt, *([adapter_id] if adapter_id else [])):
         raw = part.encode("utf-8")
         h.update(len(raw).to_bytes(4, "little") + raw)
     return BlockHash(h.digest())

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import EngineConfig
+from torchweave_ray.engine.adapters.pool import AdapterPool
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
 from torchweave_ray.engine.speculation.drafter import Drafter
@@ -38,11 +39,13 @@ from torchweave_ray.models.artifact import (
 )
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.executors import Placement, executor_name
+from torchweave_ray.models.lora.folder import AdapterSource
 from torchweave_ray.models.mapped_file import map_shared
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
 from torchweave_ray.outputs import ModelInfo
+from torchweave_ray.runner.adapters import AdapterStore, open_adapters
 from torchweave_ray.runner.device import (
     free_memory,
     numerics_path,
@@ -76,6 +79,7 @@ class LoadedModel:
     """Measured by the optimizer on a machine like this one."""
     startup_s: Mapping[str, float]
     """Seconds by stage, in their order: verify, weights, kv_cache, first_step."""
+    adapters: AdapterStore | None = None
     lease: Lease = field(default_factory=Lease)
     """Keeps the artifact from being deleted while its pages are mapped."""
 
@@ -85,9 +89,11 @@ def load_model(
     config: EngineConfig,
     model_id: str | None = None,
     weights: NDArray[np.uint8] | None = None,
+    adapters: AdapterSource | None = None,
 ) -> LoadedModel:
     """Load an artifact; `model_id` defaults to its folder's name. `weights`: the weights file
     [bytes] where the folder has none: shared memory that others map too, and that was checked.
+    `adapters`: of a `lora.source` that is no folder of this machine.
 
     Raises ArtifactError naming the file or tensor at fault, or ConfigError with the numbers when
     the configuration does not fit this machine.
@@ -115,14 +121,16 @@ def load_model(
             # What is left for torch is small, and its threads would spin on our cores.
             set_num_threads(1)
     with stages.timed("kv_cache"):
-        runner = _build_runner(executor, spec, model, config, kv_dtype, device)
+        store = open_adapters(config.lora, adapters, model, executor)
+        runner = _build_runner(executor, spec, model, config, kv_dtype, device, store)
     with stages.timed("first_step"):
         _run_first_step(runner)
     name = model_id or artifact_dir.absolute().name
     info = _info(name, manifest, model, executor, runner, config, placement, kv_dtype)
+    info = replace(info, has_adapters=store is not None)
     found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
     tuned = tuned_settings(artifact_dir, found, config.scheduler)
-    return LoadedModel(runner, info, manifest, artifact_dir, tuned, stages.seconds, lease)
+    return LoadedModel(runner, info, manifest, artifact_dir, tuned, stages.seconds, store, lease)
 
 
 def _info(
@@ -160,6 +168,10 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
     drafter = None
     if config.speculation.method == "ngram":
         drafter = Drafter(NgramProposer(config.speculation), config.speculation)
+    adapters = None
+    if loaded.adapters is not None:
+        loaded.adapters.reset()
+        adapters = AdapterPool(loaded.adapters, config.lora.max_loaded)
     return Engine(
         loaded.runner,
         tokenizer,
@@ -170,6 +182,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
             lambda: make_vocabulary(tokenizer.to_json(), limits.vocab_size, limits.eos_token_ids)
         ),
         drafter=drafter,
+        adapters=adapters,
     )
 
 
@@ -180,6 +193,7 @@ def _build_runner(
     config: EngineConfig,
     kv_dtype: torch.dtype,
     device: torch.device,
+    store: AdapterStore | None,
 ) -> ModelRunner:
     block_size = config.cache.block_size
     size = size_kv_cache(
@@ -201,7 +215,8 @@ def _build_runner(
     )
     sampler = NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample
     kv_cache = KVCache(shape, size.num_blocks, device)
-    return ModelRunner(executor, kv_cache, limits, device, sampler)
+    loaded = {} if store is None else store.loaded
+    return ModelRunner(executor, kv_cache, limits, device, sampler, loaded)
 
 
 def _kept_positions(model: ModelConfig) -> int | None:

@@ -96,6 +96,17 @@ TUNABLE_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_step_ms", "max_
 """Keys of a SchedulerConfig that may change while the engine runs, within what it began with."""
 
 
+def tuned_limits(capacity: SchedulerConfig, changes: Mapping[str, Any]) -> SchedulerConfig:
+    """`capacity` with these TUNABLE_LIMITS; raises ConfigError for one that exceeds it."""
+    for name, value in changes.items():
+        if name not in TUNABLE_LIMITS:
+            raise ConfigError(f"unknown limit {name}{nearest(name, TUNABLE_LIMITS)}")
+        most = getattr(capacity, name)
+        if most is not None and (value is None or value > most):
+            raise ConfigError(f"{name} = {value} exceeds this replica's capacity of {most}")
+    return dataclasses.replace(capacity, **changes)
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -135,6 +146,23 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Adapters that requests name as `model:adapter`."""
+
+    source: str | None = None
+    """A folder with one folder for each adapter, as PEFT saves it; None: there are none."""
+    max_loaded: int = 8
+    """Most adapters in memory at a time. The least recently used one makes room; while requests use
+    all of them, one that names another waits."""
+    max_rank: int = 64
+    """Adapters of a larger rank are refused."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_loaded", self.max_loaded, 1)
+        _at_least("max_rank", self.max_rank, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     max_model_len: int | None = None
     """Longest prompt + output; None: the model's own, or what the KV cache can hold."""
@@ -142,6 +170,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     stats_interval_s: float = 10.0
     """Seconds between [Scheduler] log lines while there is work."""
 

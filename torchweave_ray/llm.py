@@ -36,6 +36,7 @@ from torchweave_ray.tokenizer.grammar import GrammarSpec
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 Message = Mapping[str, Any]
+Adapters = str | Sequence[str | None] | None
 Grammars = GrammarSpec | Sequence[GrammarSpec | None] | None
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -88,19 +89,22 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
         grammar: Grammars = None,
+        adapter: Adapters = None,
     ) -> list[Completion]:
         """One Completion a prompt (a text, texts, or lists of token ids), in their order.
 
         All prompts run together, as many at once as the engine's limits allow. `params` holds for
         all or is one for each, and so does `grammar` (`tokenizer.grammar`'s `json_spec(schema)`,
-        `choice_spec(texts)`, `GrammarSpec("regex", ...)`), which the texts then follow. Raises
-        InvalidRequest, naming the field, before anything runs.
+        `choice_spec(texts)`, `GrammarSpec("regex", ...)`), which the texts then follow, and
+        `adapter`, a name in the folder that `lora={"source": ...}` gives. Raises InvalidRequest,
+        naming the field, or ModelNotFound before anything runs.
         """
         token_ids = self._encode(prompts)
         requests = self._requests(
             token_ids,
             [each or SamplingParams() for each in _one_each(params, len(token_ids), "params")],
             _one_each(grammar, len(token_ids), "grammar"),
+            _one_each(adapter, len(token_ids), "adapter"),
         )
         outputs = self._run(requests, progress)
         return [_completion(r, outputs[r.request_id]) for r in requests]
@@ -111,6 +115,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
         grammar: Grammars = None,
+        adapter: Adapters = None,
     ) -> list[Completion]:
         """Answers to one conversation ([{"role": ..., "content": ...}, ...]) or to several.
 
@@ -119,7 +124,7 @@ class LLM:
         several: Any = [conversations] if _is_conversation(conversations) else conversations
         texts = [self.tokenizer.render_chat(messages) for messages in several]
         encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self.generate(encoded, params, progress, grammar)
+        return self.generate(encoded, params, progress, grammar, adapter)
 
     @property
     def info(self) -> ModelInfo:
@@ -169,19 +174,23 @@ class LLM:
         prompts: Sequence[tuple[int, ...]],
         params: Sequence[SamplingParams],
         grammars: Sequence[GrammarSpec | None],
+        adapters: Sequence[str | None],
     ) -> list[GenerateRequest]:
         requests = [
             GenerateRequest(
                 f"llm-{next(self._request_ids)}",
-                self.info.id,
+                self.info.with_adapter(adapter).id if adapter else self.info.id,
                 prompt,
                 sampling,
+                adapter=adapter or "",
                 grammar=None if grammar is None else grammar.llguidance(),
                 output_kind=OutputKind.TOKENS
                 if sampling.prompt_logprobs is None
                 else OutputKind.PROMPT_LOGPROBS,
             )
-            for prompt, sampling, grammar in zip(prompts, params, grammars, strict=True)
+            for prompt, sampling, grammar, adapter in zip(
+                prompts, params, grammars, adapters, strict=True
+            )
         ]
         for request in requests:
             self._engine.check(request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torchweave_ray.reported import Reported
@@ -75,6 +75,10 @@ class GenerateRequest:
     sampling: SamplingParams
     artifact_id: str = ""
     """Refused when it is set and differs from what the replica serves."""
+    adapter: str = ""
+    """A LoRA adapter's name; `model` then ends with a colon and it."""
+    adapter_id: str = ""
+    """Hash of its content; refused when it is set and the name stands for something else."""
     output_token_ids: tuple[int, ...] = ()
     emitted_chars: int = 0
     n: int = 1
@@ -100,6 +104,10 @@ class GenerateRequest:
     origin: StreamOrigin | None = None
     """Of a stream that its client can open again."""
     traceparent: str = ""  # W3C trace context of the span that this request is part of
+
+    @property
+    def base_model(self) -> str:
+        return self.model.removesuffix(f":{self.adapter}") if self.adapter else self.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +233,18 @@ class ModelInfo:
     """What the KV cache holds: int8, or `dtype`."""
     quantization: Mapping[str, str] = field(default_factory=dict)
     """Format of the weights by tensor group; {}: they are `dtype`."""
+    has_adapters: bool = False  # LoRA adapters may be asked for
+    adapter: str = ""
+    """Of a LoRA adapter its name; `id` is then the base model's, a colon and it."""
+    adapter_id: str = ""  # hash of its content; "": not looked at yet
+
+    @property
+    def base(self) -> str:
+        """Id of the model without its adapter."""
+        return self.id.removesuffix(f":{self.adapter}") if self.adapter else self.id
+
+    def with_adapter(self, name: str, adapter_id: str = "") -> ModelInfo:
+        return replace(self, id=f"{self.id}:{name}", adapter=name, adapter_id=adapter_id)
 
 
 @dataclass(frozen=True, slots=True)

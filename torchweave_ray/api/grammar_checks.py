@@ -38,10 +38,10 @@ class GrammarChecks:
             checker.close()
 
     def _checker(self, info: ModelInfo, tokenizer: Tokenizer) -> GrammarChecker:
-        artifact_id, checker = self._checkers.get(info.id, ("", None))
+        artifact_id, checker = self._checkers.get(info.base, ("", None))
         if checker is None or artifact_id != info.artifact_id:
             if checker is not None:
                 checker.close()
             checker = GrammarChecker(tokenizer.to_json(), info.vocab_size, info.eos_token_ids)
-            self._checkers[info.id] = (info.artifact_id, checker)
+            self._checkers[info.base] = (info.artifact_id, checker)
         return checker

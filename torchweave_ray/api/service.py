@@ -157,6 +157,8 @@ class Service:
                     request_id=call_id if len(prompts) == 1 else f"{call_id}-{index}",
                     model=info.id,
                     artifact_id=info.artifact_id,
+                    adapter=info.adapter,
+                    adapter_id=info.adapter_id,
                     prompt_token_ids=prompt,
                     sampling=self._within_context(info, prompt, own, prompt_param),
                     n=n,
@@ -195,11 +197,11 @@ class Service:
 
     async def _tokenizer(self, info: ModelInfo) -> Tokenizer:
         """Loaded once for each artifact, however many ask at once; a failure is not kept."""
-        artifact_id, task = self._tokenizers.get(info.id, ("", None))
+        artifact_id, task = self._tokenizers.get(info.base, ("", None))
         failed = task is not None and task.done() and (task.cancelled() or task.exception())
         if task is None or failed or artifact_id != info.artifact_id:
-            task = asyncio.create_task(self._load(info.id))
-            self._tokenizers[info.id] = (info.artifact_id, task)
+            task = asyncio.create_task(self._load(info.base))
+            self._tokenizers[info.base] = (info.artifact_id, task)
         return await asyncio.shield(task)
 
     async def _load(self, model_id: str) -> Tokenizer:

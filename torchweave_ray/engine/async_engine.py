@@ -12,24 +12,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torchweave_ray.config import TUNABLE_LIMITS, SchedulerConfig
+from torchweave_ray.config import tuned_limits
+from torchweave_ray.engine.adapters.served import served_model, served_models
 from torchweave_ray.engine.admission import refusal_of
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.grammar import polite_thread
 from torchweave_ray.engine.meter import Meter
 from torchweave_ray.errors import (
-    ConfigError,
     EngineDead,
     InvalidRequest,
     RequestError,
     TorchWeaveError,
     Unavailable,
-    model_not_found,
-    nearest,
 )
 from torchweave_ray.outputs import (
     GenerateRequest,
@@ -114,7 +111,9 @@ class AsyncEngine:
             self.abort(request.request_id)
 
     async def prepare(self, request: GenerateRequest) -> None:
-        """Compile a request's grammar before `add`, which would do it on the loop."""
+        """Find its adapter and compile its grammar before `add`, which would do it on the loop."""
+        if request.adapter:
+            await asyncio.to_thread(self._engine.adapters.check, request)
         if request.grammar is not None:
             check = partial(self._engine.check, request)
             await asyncio.get_running_loop().run_in_executor(self._compiling, check)
@@ -149,12 +148,10 @@ class AsyncEngine:
         return bool(found)
 
     async def models(self) -> list[ModelInfo]:
-        return [self._info]
+        return await served_models(self._info, self._engine.adapters)
 
     async def info(self, model: str) -> ModelInfo:
-        if model != self._info.id:
-            raise model_not_found(model, [self._info.id])
-        return self._info
+        return await served_model(model, self._info, self._engine.adapters)
 
     async def stats(self) -> dict[str, Stats]:
         return {self._info.id: self.snapshot()}
@@ -177,14 +174,7 @@ class AsyncEngine:
         Atomic and idempotent: limits that are not named go back to the engine's capacity.
         Raises ConfigError naming the key.
         """
-        for name, value in changes.items():
-            if name not in TUNABLE_LIMITS:
-                raise ConfigError(f"unknown limit {name}{nearest(name, TUNABLE_LIMITS)}")
-            capacity = getattr(self._capacity, name)
-            if capacity is not None and (value is None or value > capacity):
-                raise ConfigError(f"{name} = {value} exceeds this replica's capacity of {capacity}")
-        config: SchedulerConfig = replace(self._capacity, **changes)
-        self._limits = config
+        self._limits = config = tuned_limits(self._capacity, changes)
         self._post(partial(self._engine.update_scheduler_config, config))
 
     def check_health(self) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from torchweave_ray.config import CacheConfig, SchedulerConfig
+from torchweave_ray.engine.adapters.pool import AdapterPool
 from torchweave_ray.engine.admission import Admission, refuse_impossible
+from torchweave_ray.engine.counters import Counters
 from torchweave_ray.engine.grammar import Constraints
 from torchweave_ray.engine.output.output_processor import OutputProcessor
 from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits, StepPlan
@@ -35,12 +37,15 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         grammars: GrammarCompiler | None = None,
         drafter: Drafter | None = None,
+        adapters: AdapterPool | None = None,
     ) -> None:
-        """`clock` is that of deadlines; without `grammars` a request with one is refused."""
+        """`clock` is that of deadlines; without `grammars` or `adapters` a request with one is
+        refused."""
         self._runner = runner
         self._artifact_id = artifact_id
         self._clock = clock
-        self._scheduler = Scheduler(cache, scheduler, runner.limits, clock, drafter)
+        self.adapters = adapters or AdapterPool()
+        self._scheduler = Scheduler(cache, scheduler, runner.limits, clock, drafter, self.adapters)
         self._drafter = drafter
         self.admission = Admission(self._scheduler, runner.limits)
         self._outputs = OutputProcessor(detokenizer, self._scheduler, clock)
@@ -48,11 +53,7 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._pending: deque[PendingStep] = deque()
         self._ready: list[RequestOutput] = []  # of requests that ended between steps
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_computed_tokens = 0
-        self._num_finished = 0
-        self._num_failed = 0
+        self._counters = Counters()
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -75,12 +76,14 @@ class Engine:
         self._constraints.warm()
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuse what can never be served. Reads only what never changes: any thread may call.
+        """Refuse what can never be served. Any thread may call.
 
-        Compiles a grammar that is new, which takes a while. Raises InvalidRequest naming the field.
+        Compiles a grammar that is new and looks for an adapter that is, which takes a while. Raises
+        InvalidRequest naming the field, ModelNotFound for an adapter.
         """
         refuse_impossible(request, self.limits, self._artifact_id)
         self._constraints.check(request)
+        self.adapters.check(request)
 
     def add(self, request: GenerateRequest, is_bounded: bool = False) -> None:
         """Queue a request; raises RequestError when it is refused.
@@ -91,12 +94,13 @@ class Engine:
         if request.request_id in self._states:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
         # Hashes cover the artifact, so that blocks of two models can never be taken for each other.
-        request = replace(request, artifact_id=self._artifact_id)
+        adapter_id = self.adapters.check(request)
+        request = replace(request, artifact_id=self._artifact_id, adapter_id=adapter_id)
         state = RequestState(request, self._clock())
         if is_bounded:
             self.admission.check_backlog(state)
         self._states[request.request_id] = state
-        self._num_prompt_tokens += len(request.prompt_token_ids)
+        self._counters.num_prompt_tokens += len(request.prompt_token_ids)
         self._constraints.open(state)
         seq = self._scheduler.add(state)
         if not request.output_token_ids:
@@ -117,6 +121,8 @@ class Engine:
         """Advance by one step; the outputs of the oldest step in flight, if its turn has come."""
         started_at = self._clock()
         self._expire(started_at)
+        for request_id, why in self.adapters.begin_step():
+            self._end(request_id, FinishReason.ERROR, why)
         plan = self._scheduler.schedule()
         for seq_id in self._scheduler.released:
             self._runner.release(seq_id)
@@ -124,13 +130,15 @@ class Engine:
         if plan is not None:
             if self._constraints:
                 plan = self._constrained(plan)
-            self._num_computed_tokens += plan.num_tokens
+            self._counters.num_computed_tokens += plan.num_tokens
             self._pending.append(self._runner.submit(plan))
+        elif not self._pending:
+            self.adapters.wait()
         if self._pending and (plan is None or len(self._pending) > self.limits.step_depth):
             outputs = self._outputs.process(
                 self._scheduler.update(self._pending.popleft().result())
             )
-            self._num_generated_tokens += sum(len(d.token_ids) for o in outputs for d in o.deltas)
+            self._counters.note_outputs(outputs)
             self._emit(outputs)
         seconds = self._clock() - started_at
         self.admission.note_step(seconds, plan)
@@ -140,25 +148,7 @@ class Engine:
         return ready
 
     def stats(self) -> Stats:
-        scheduler = self._scheduler
-        return Stats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_waiting_tokens=scheduler.num_waiting_tokens,
-            num_blocks=scheduler.blocks.num_blocks,
-            num_free_blocks=scheduler.blocks.num_free_blocks,
-            num_steps=scheduler.num_steps,
-            num_preemptions=scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            num_computed_tokens=self._num_computed_tokens,
-            num_prefix_query_tokens=scheduler.num_query_tokens,
-            num_prefix_hit_tokens=scheduler.num_hit_tokens,
-            num_draft_tokens=self._drafter.num_draft_tokens if self._drafter else 0,
-            num_accepted_tokens=self._drafter.num_accepted_tokens if self._drafter else 0,
-            num_finished=self._num_finished,
-            num_failed=self._num_failed,
-        )
+        return self._counters.stats(self._scheduler)
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and for an idle engine."""
@@ -166,6 +156,7 @@ class Engine:
         assert self._scheduler.has_work or not self._states, "a request was forgotten"
 
     def close(self) -> None:
+        self.adapters.close()
         self._runner.close()
 
     def _constrained(self, plan: StepPlan) -> StepPlan:
@@ -196,9 +187,7 @@ class Engine:
     def _emit(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             if output.is_last:
-                del self._states[output.request_id]
+                self.adapters.release(self._states.pop(output.request_id).request)
                 self._constraints.close(output.request_id)
-                is_failed = any(delta.error is not None for delta in output.deltas)
-                self._num_failed += is_failed
-                self._num_finished += not is_failed
+                self._counters.note_end(output)
         self._ready += outputs

@@ -57,6 +57,8 @@ class ScheduledSequence:
     """Computed at the positions right behind `num_tokens`, which leaves them out, and verified."""
     banned_token_ids: tuple[int, ...] = ()
     """Never drawn in this step: end tokens before min_tokens."""
+    adapter_id: str = ""
+    """Of a LoRA adapter that is loaded; "": none."""
 
     @property
     def output_index(self) -> int:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from torchweave_ray.config import CacheConfig, SchedulerConfig
+from torchweave_ray.engine.adapters.pool import AdapterPool
 from torchweave_ray.engine.block_manager import BlockManager
 from torchweave_ray.engine.budget import StepBudget
 from torchweave_ray.engine.fairness import FairShares
@@ -31,6 +32,7 @@ class Scheduler:
         limits: RuntimeLimits,
         clock: Callable[[], float],
         drafter: Drafter | None = None,
+        adapters: AdapterPool | None = None,
     ) -> None:
         """`clock` gives seconds; a `drafter` is for steps of which none is in flight."""
         self.config = config
@@ -45,6 +47,7 @@ class Scheduler:
         """seq_ids that the runner may forget; the engine empties it."""
         self.limits = limits
         self._clock = clock
+        self._adapters = adapters or AdapterPool()
         self.drafter = drafter if limits.step_depth == 0 else None
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue(config.ageing_tokens_per_step)
@@ -185,6 +188,8 @@ class Scheduler:
         """Let a waiting sequence in, or return False: then none behind it is tried either."""
         if seq.has_token_in_flight:
             return True  # preempted a moment ago; its last token is not known yet
+        if not self._adapters.admit(seq.state.request):
+            return True  # others need not wait for its adapter
         if len(self.running) >= self.config.max_num_seqs:
             return False
         shared, partial = self.blocks.shared_prefix(seq)

@@ -135,7 +135,9 @@ class Sequence:
         """The first ones of the table: out of the window and others' by now, never read again."""
         self.block_hashes: list[BlockHash] = []
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""
-        self.root_hash = root_hash(request.artifact_id, request.tenant, request.cache_salt)
+        self.root_hash = root_hash(
+            request.artifact_id, request.tenant, request.cache_salt, request.adapter_id
+        )
         self.fork_source: Sequence | None = None
         self.drafts: DraftState | None = None
         self.last_step = 0

@@ -64,6 +64,7 @@ class StepBuilder:
             seed=seq.seed,
             output=output,
             banned_token_ids=self._banned(seq, end),
+            adapter_id=seq.state.request.adapter_id,
         )
         self.items.append(ScheduledItem(seq, seq.epoch, entry))
         self.seq_ids.add(seq.seq_id)

@@ -6,15 +6,18 @@ Draft tokens take the positions right behind a sequence's `num_tokens`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
-from torchweave_ray.attention.base import StepInputs
+from torchweave_ray.attention.base import AdapterRows, StepInputs
 from torchweave_ray.engine.plan import ScheduledSequence, StepOutput
+
+_NONE: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,16 @@ class Chunk:
         return 1 + len(self.draft_token_ids)
 
 
-def build_inputs(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> StepInputs:
-    """The batch of these chunks, in their order; `logit_rows` are in their order too."""
+def build_inputs(
+    chunks: Sequence[Chunk],
+    block_size: int,
+    device: torch.device,
+    adapters: Mapping[str, object] = _NONE,
+) -> StepInputs:
+    """The batch of these chunks, in their order; `logit_rows` are in their order too.
+
+    `adapters`: those that are loaded; chunks of one are next to each other, those of none first.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -79,7 +90,23 @@ def build_inputs(chunks: Sequence[Chunk], block_size: int, device: torch.device)
         logit_rows=wide[3],
         max_query_len=max(chunk.num_positions for chunk in chunks),
         max_seq_len=longest,
+        adapters=_adapter_rows(chunks, query_start_loc, adapters),
     )
+
+
+def _adapter_rows(
+    chunks: Sequence[Chunk], starts: Sequence[int], adapters: Mapping[str, object]
+) -> tuple[AdapterRows, ...]:
+    rows: list[AdapterRows] = []
+    last = ""
+    for chunk, start, end in zip(chunks, starts, starts[1:], strict=False):
+        adapter_id = chunk.sequence.adapter_id
+        if adapter_id and adapter_id == last:
+            rows[-1] = replace(rows[-1], end=end)
+        elif adapter_id:
+            rows.append(AdapterRows(adapters[adapter_id], start, end))
+        last = adapter_id
+    return tuple(rows)
 
 
 def _pack(

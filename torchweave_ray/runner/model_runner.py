@@ -7,12 +7,14 @@ but its token counts (for penalties), and knows neither queues nor text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from torchweave_ray.attention.base import StepInputs
 from torchweave_ray.engine.plan import (
     PendingStep,
     RuntimeLimits,
@@ -37,6 +39,7 @@ from torchweave_ray.runner.logprobs import token_logprobs
 from torchweave_ray.runner.sampler import NO_TOKEN, Draw, Sampler, sample
 from torchweave_ray.sampling_params import SamplingParams
 
+_NO_ADAPTERS: Mapping[str, object] = MappingProxyType({})
 _POOLING = (StepOutput.POOL, StepOutput.POOL_ALL)
 NON_FINITE = "the model gave logits that are not finite"
 NOTHING_ALLOWED = "no token is allowed here: bans, biases and grammar leave none"
@@ -96,13 +99,16 @@ class ModelRunner:
         limits: RuntimeLimits,
         device: torch.device,
         sampler: Sampler = sample,
+        adapters: Mapping[str, object] = _NO_ADAPTERS,
     ) -> None:
+        """`adapters`: those that are loaded, by id; it changes between steps."""
         assert limits.step_depth == 0
         self._executor = executor
         self._kv_cache = kv_cache
         self._limits = limits
         self._device = device
         self._sample = sampler
+        self._adapters = adapters
         self._counts: dict[int, TokenCounts] = {}
 
     @property
@@ -112,8 +118,9 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> PendingStep:
         num = len(plan.sequences)
         collected = _Collected([[] for _ in range(num)], [None] * num)
-        chunks = [_chunk(plan, index) for index in range(num)]
-        pooling = [c for c in chunks if c.sequence.output in _POOLING]
+        order = sorted(range(num), key=lambda index: plan.sequences[index].adapter_id)
+        chunks = [(index, _chunk(plan, index)) for index in order]
+        pooling = [c for _, c in chunks if c.sequence.output in _POOLING]
         with torch.inference_mode():
             self._kv_cache.copy_blocks(plan.block_copies)
             if len(pooling) < num:
@@ -135,7 +142,7 @@ class ModelRunner:
 
     def _pool(self, chunks: Sequence[Chunk], collected: _Collected) -> None:
         """Pooling sequences make a batch of their own: their head is another."""
-        inputs = build_inputs(chunks, self._limits.block_size, self._device)
+        inputs = self._inputs(chunks)
         hidden = self._executor.hidden(inputs, self._kv_cache.layers)
         parts = torch.split(hidden, [chunk.num_logit_rows for chunk in chunks])
         for chunk, rows in zip(chunks, parts, strict=True):
@@ -145,12 +152,18 @@ class ModelRunner:
             else:
                 collected.failed[seq_id] = "the model gave a hidden state that is not finite"
 
-    def _generate(self, plan: StepPlan, chunks: Sequence[Chunk], collected: _Collected) -> None:
+    def _inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
+        return build_inputs(chunks, self._limits.block_size, self._device, self._adapters)
+
+    def _generate(
+        self, plan: StepPlan, chunks: Sequence[tuple[int, Chunk]], collected: _Collected
+    ) -> None:
+        """`chunks`: with their indices in the plan."""
         rows: list[_DrawRow] = []
         batch: list[Chunk] = []
         prompt_rows: list[tuple[ScheduledSequence, int]] = []  # with the first of their logits
         num_rows = 0
-        for index, chunk in enumerate(chunks):
+        for index, chunk in chunks:
             seq = chunk.sequence
             if seq.output in _POOLING:
                 continue
@@ -162,7 +175,7 @@ class ModelRunner:
                     drafts = chunk.draft_token_ids[:num]
                     rows.append(_DrawRow(index, num_rows + num, seq, drafts))
             num_rows += chunk.num_logit_rows
-        inputs = build_inputs(batch, self._limits.block_size, self._device)
+        inputs = self._inputs(batch)
         logits = self._executor.forward(inputs, self._kv_cache.layers)
         assert logits.shape == (num_rows, self._limits.vocab_size)
         for seq, first_row in prompt_rows:

@@ -34,4 +34,5 @@ class ModelsApi:
             "owned_by": "torchweave",
             "max_model_len": info.max_model_len,
             "artifact_id": info.artifact_id,
+            "parent": info.base if info.adapter else None,
         }

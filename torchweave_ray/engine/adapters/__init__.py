@@ -1,0 +1,1 @@
+"""LoRA adapters in the engine: which are loaded, and who uses them."""
