@@ -1,11 +1,13 @@
 // Two charts as SVG, by hand. Shape and dashes tell the series apart, not colour alone.
 
 const NS = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT] = [520, 260, 48, 34, 12, 12];
+const [LEFT, BOTTOM, TOP, RIGHT] = [52, 40, 26, 14];
+const STEPS = [1, 2, 2.5, 5, 10];
+const WHOLE_STEPS = [1, 2, 3, 5, 10];
 
 /** Lines of [x, y] points; `series` is [{name, points}]. */
 export function lines(box, series, xLabel, yLabel) {
-  const [svg, x, y] = frame(series.flatMap((s) => s.points), xLabel, yLabel);
+  const [svg, x, y] = frame(box, series, [xLabel, STEPS], [yLabel, WHOLE_STEPS]);
   for (const { name, points } of series) {
     const path = points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
     svg.append(node("path", { class: `curve ${name}`, d: path || "M0 0" }));
@@ -15,7 +17,7 @@ export function lines(box, series, xLabel, yLabel) {
 
 /** One stem for each sample, in the order in which they ended. */
 export function stems(box, series, xLabel, yLabel) {
-  const [svg, x, y] = frame(series.flatMap((s) => s.points), xLabel, yLabel);
+  const [svg, x, y] = frame(box, series, [xLabel, WHOLE_STEPS], [yLabel, STEPS]);
   series.forEach(({ name, points }, shift) => {
     const group = node("g", { class: `sample ${name}` });
     for (const [a, b] of points) {
@@ -29,22 +31,26 @@ export function stems(box, series, xLabel, yLabel) {
   finish(box, svg, series);
 }
 
-function frame(points, xLabel, yLabel) {
-  const most = (index) => nice(Math.max(0, ...points.map((p) => p[index])) || 1);
-  const [mostX, mostY] = [most(0), most(1)];
-  const x = (value) => LEFT + (value / mostX) * (WIDTH - LEFT - RIGHT);
-  const y = (value) => HEIGHT - BOTTOM - (value / mostY) * (HEIGHT - BOTTOM - TOP);
-  const svg = node("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
+/** Drawn in the box's own pixels, so that its words are as large as the page's. */
+function frame(box, series, [xLabel, xSteps], [yLabel, ySteps]) {
+  const width = Math.max(260, box.clientWidth || 520);
+  const height = Math.max(200, Math.min(280, width / 2));
+  const points = series.flatMap((s) => s.points);
+  const most = (index, steps) => 4 * step(Math.max(0, ...points.map((p) => p[index])) / 4, steps);
+  const [mostX, mostY] = [most(0, xSteps), most(1, ySteps)];
+  const x = (value) => LEFT + (value / mostX) * (width - LEFT - RIGHT);
+  const y = (value) => height - BOTTOM - (value / mostY) * (height - BOTTOM - TOP);
+  const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   for (let i = 0; i <= 4; i++) {
     const [atX, atY] = [(mostX * i) / 4, (mostY * i) / 4];
     svg.append(
-      node("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(atY), y2: y(atY) }),
-      node("text", { x: LEFT - 6, y: y(atY) + 4, "text-anchor": "end" }, short(atY)),
-      node("text", { x: x(atX), y: HEIGHT - BOTTOM + 16, "text-anchor": i === 4 ? "end" : "middle" }, short(atX)),
+      node("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: y(atY), y2: y(atY) }),
+      node("text", { x: LEFT - 8, y: y(atY) + 4, "text-anchor": "end" }, short(atY)),
+      node("text", { x: x(atX), y: height - BOTTOM + 18, "text-anchor": "middle" }, short(atX)),
     );
   }
-  svg.append(node("text", { x: WIDTH - RIGHT, y: HEIGHT - 3, "text-anchor": "end" }, xLabel));
-  svg.append(node("text", { x: LEFT + 6, y: TOP + 12 }, yLabel));
+  svg.append(node("text", { class: "unit", x: (LEFT + width - RIGHT) / 2, y: height - 4, "text-anchor": "middle" }, xLabel));
+  svg.append(node("text", { class: "unit", x: LEFT, y: 12 }, yLabel));
   return [svg, x, y];
 }
 
@@ -61,9 +67,12 @@ function node(name, attributes, text = "") {
   return made;
 }
 
-function nice(value) {
+/** The least round step of at least `value`. */
+function step(value, steps) {
+  if (!(value > 0)) return steps[0];
   const unit = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 4, 6, 8, 10].map((m) => m * unit).find((m) => m >= value * 0.999);
+  const found = steps.map((m) => m * unit).find((m) => m >= value * 0.999);
+  return steps === WHOLE_STEPS ? Math.max(1, found) : found;
 }
 
-const short = (value) => (value >= 100 ? value.toFixed(0) : String(+value.toPrecision(2)));
+const short = (value) => (value >= 100 ? value.toFixed(0) : String(+value.toPrecision(3)));

@@ -1,10 +1,12 @@
 // A conversation: sends it whole, shows the answer as it comes, stops it at the server.
 
-import { render } from "./markdown.js";
+import { call } from "./http.js";
+import { json, render } from "./markdown.js";
 import { BadSetting, fields, system } from "./settings.js";
 import { inWords, stream } from "./sse.js";
 
 const $ = (id) => document.getElementById(id);
+const METERS = ["ttft", "speed", "tokens", "cached"];
 const EXAMPLES = ["What is gravity?", "Write a haiku about the sea.", "List three uses of a paperclip."];
 let conversation = [];
 let running = null; // {controller, id} of the answer that is coming
@@ -37,7 +39,7 @@ function reset() {
   for (const node of document.querySelectorAll(".message")) node.remove();
   $("empty").hidden = false;
   fail("");
-  for (const name of ["ttft", "speed", "tokens", "cached"]) meter(name, "–");
+  for (const name of METERS) meter(name, "–");
   $("prompt").focus();
 }
 
@@ -45,7 +47,7 @@ function stop() {
   if (!running) return;
   const { controller, id } = running;
   // The request ends at once by its id; closing the connection would do it a moment later.
-  if (id) fetch(`v1/requests/${encodeURIComponent(id)}`, { method: "DELETE", keepalive: true }).catch(() => {});
+  if (id) call(`v1/requests/${encodeURIComponent(id)}`, { method: "DELETE", keepalive: true }).catch(() => {});
   controller.abort();
 }
 
@@ -84,19 +86,13 @@ async function send(text) {
 /** The answer's text, or null when there was none. */
 async function receive(body, own) {
   const node = bubble("assistant", "");
-  const box = node.querySelector(".body");
   node.setAttribute("aria-busy", "true");
-  const asked = performance.now();
-  let text = "", firstAt = 0, tokens = 0, reason = "", isDrawn = true, usage = null;
+  const pace = new Pace();
+  let text = "", reason = "", isDrawn = true, usage = null;
   const draw = () => {
     isDrawn = true;
-    const log = $("messages");
-    const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    box.replaceChildren(render(text));
-    if (isAtEnd) log.scrollTop = log.scrollHeight;
-    const seconds = (performance.now() - firstAt) / 1000;
-    if (tokens > 1 && seconds > 0) meter("speed", `${((tokens - 1) / seconds).toFixed(1)} tok/s`);
-    meter("tokens", String(tokens));
+    show(node, text, Boolean(body.response_format));
+    pace.show();
   };
   try {
     const options = {
@@ -111,16 +107,10 @@ async function receive(body, own) {
       if (chunk.error) throw new Error(`The answer broke off: ${chunk.error.message}`);
       own.id ||= chunk.id;
       usage = chunk.usage || usage;
-      tokens = usage?.completion_tokens ?? tokens;
       const choice = chunk.choices?.[0];
       reason = choice?.finish_reason || reason;
-      if (!choice?.delta?.content) continue;
-      meter("state", "answering");
-      if (!firstAt) {
-        firstAt = performance.now();
-        meter("ttft", `${((firstAt - asked) / 1000).toFixed(2)} s`);
-      }
-      text += choice.delta.content;
+      if (choice) pace.note(usage?.completion_tokens ?? 0);
+      text += choice?.delta?.content ?? "";
       if (isDrawn) {
         isDrawn = false;
         requestAnimationFrame(draw);
@@ -129,26 +119,59 @@ async function receive(body, own) {
     draw();
     meter("cached", `${usage?.prompt_tokens_details?.cached_tokens ?? 0} of ${usage?.prompt_tokens ?? 0}`);
     if (reason === "length") note(node, "Cut at the most tokens allowed.");
-    say(`Answer: ${text}`);
+    if (!text) note(node, "The model ended its answer without a word.");
+    say(text ? `Answer: ${text}` : "The model ended its answer without a word.");
     return text;
   } catch (error) {
-    if (own.controller.signal.aborted && text) {
-      draw();
-      note(node, "Stopped.");
-      say("The answer was stopped.");
-      return text;
+    const isStopped = own.controller.signal.aborted;
+    if (!isStopped) fail(inWords(error));
+    if (!text) {
+      node.remove();
+      return null;
     }
-    if (!own.controller.signal.aborted) fail(inWords(error));
-    if (text) {
-      draw();
-      note(node, "Incomplete.");
-      return text;
-    }
-    node.remove();
-    return null;
+    draw();
+    note(node, isStopped ? "Stopped." : "Incomplete.");
+    if (isStopped) say("The answer was stopped.");
+    return text;
   } finally {
     node.removeAttribute("aria-busy");
+    for (const name of METERS) if ($(`m-${name}`).textContent === "…") meter(name, "–");
   }
+}
+
+/** When tokens came, with text or without: TTFT, and the speed from the first arrival on. */
+class Pace {
+  asked = performance.now();
+  firstAt = 0;
+  lastAt = 0;
+  firstTokens = 0;
+  tokens = 0;
+
+  note(tokens) {
+    if (tokens <= this.tokens) return;
+    this.lastAt = performance.now();
+    if (!this.firstAt) {
+      this.firstAt = this.lastAt;
+      this.firstTokens = tokens;
+      meter("state", "answering");
+      meter("ttft", `${((this.firstAt - this.asked) / 1000).toFixed(2)} s`);
+    }
+    this.tokens = tokens;
+  }
+
+  show() {
+    meter("tokens", String(this.tokens));
+    const seconds = (this.lastAt - this.firstAt) / 1000;
+    if (seconds > 0) meter("speed", `${((this.tokens - this.firstTokens) / seconds).toFixed(1)} tok/s`);
+  }
+}
+
+/** The answer so far. What is JSON by its schema is no Markdown. */
+function show(node, text, isJson) {
+  const log = $("messages");
+  const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  node.querySelector(".body").replaceChildren(isJson ? json(text) : render(text));
+  if (isAtEnd) log.scrollTop = log.scrollHeight;
 }
 
 function bubble(role, text) {
@@ -178,7 +201,7 @@ function busy(is) {
   $("stop").hidden = !is;
   $("reset").hidden = is;
   meter("state", is ? "waiting" : "idle");
-  if (is) for (const name of ["ttft", "speed", "tokens", "cached"]) meter(name, "…");
+  if (is) for (const name of METERS) meter(name, "…");
 }
 
 const meter = (name, text) => { $(`m-${name}`).textContent = text; };

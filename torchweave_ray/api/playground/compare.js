@@ -1,12 +1,14 @@
 // The same work over /v1/generate and /v1/generate_nobatch, one after the other, drawn as it runs.
 
 import { lines, stems } from "./chart.js";
+import { call } from "./http.js";
 import { model } from "./settings.js";
 import { checked, inWords, stream } from "./sse.js";
 
 const $ = (id) => document.getElementById(id);
 const WORDS = "river stone light paper engine summer orange forest music copper winter garden bridge ocean candle".split(" ");
 let controller = null;
+let shown = [];
 
 export function start() {
   $("race").addEventListener("submit", (event) => {
@@ -15,7 +17,10 @@ export function start() {
   });
   $("halt").addEventListener("click", () => controller?.abort());
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") controller?.abort(); });
-  draw([blank("batched"), blank("unbatched")]);
+  shown = [blank("batched"), blank("unbatched")];
+  // Also when the tab is shown: before that a chart has no width.
+  new ResizeObserver(draw).observe($("chart-tokens"));
+  draw();
 }
 
 const blank = (name) => ({ name, from: 0, seconds: 0, tokens: 0, curve: [[0, 0]], firsts: [], answers: [] });
@@ -24,20 +29,21 @@ async function race(form) {
   const [clients, requests, tokens] = ["clients", "requests", "tokens"].map((k) => Number(form.get(k)));
   controller = new AbortController();
   const sides = [blank("batched"), blank("unbatched")];
+  shown = sides;
   busy(true);
   fail("");
-  $("verdict").textContent = "Running…";
   try {
     for (const side of sides) {
+      $("verdict").textContent = `Running ${side.name}…`;
       const ask = side.name === "batched" ? batched : unbatched;
       // Its own words for each side: nothing is answered from the prefix cache.
       const work = Array.from({ length: requests }, () => prompt());
       side.from = performance.now();
       await Promise.all(Array.from({ length: clients }, async () => {
-        for (let text = work.pop(); text; text = work.pop()) await ask(side, text, tokens, () => draw(sides));
+        for (let text = work.pop(); text; text = work.pop()) await ask(side, text, tokens, draw);
       }));
       side.seconds = seconds(side);
-      draw(sides);
+      draw();
     }
     const gain = rate(sides[0]) / rate(sides[1]);
     $("verdict").textContent = `Batching gives ${gain.toFixed(2)}× the tokens per second with ${clients} client${clients > 1 ? "s" : ""}.`;
@@ -79,7 +85,7 @@ async function batched(side, text, tokens, changed) {
 
 async function unbatched(side, text, tokens, changed) {
   const asked = performance.now();
-  const answer = await checked(await fetch("v1/generate_nobatch", {
+  const answer = await checked(await call("v1/generate_nobatch", {
     method: "POST", signal: controller.signal, headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body(text, tokens)),
   }));
@@ -101,11 +107,12 @@ const rate = (side) => side.tokens / (side.seconds || side.curve.at(-1)[0] || 1)
 const prompt = () => Array.from({ length: 40 }, () => WORDS[Math.floor(Math.random() * WORDS.length)]).join(" ");
 
 let isAsked = false;
-function draw(sides) {
+function draw() {
   if (isAsked) return;
   isAsked = true;
   requestAnimationFrame(() => {
     isAsked = false;
+    const sides = shown;
     lines($("chart-tokens"), sides.map(({ name, curve }) => ({ name, points: curve })), "seconds", "tokens");
     const firsts = sides.map(({ name, firsts }) => ({ name, points: firsts.map((s, i) => [i + 1, s]) }));
     stems($("chart-first"), firsts, "request", "seconds");
@@ -118,7 +125,7 @@ function row(side) {
   line.className = side.name;
   const has = side.tokens > 0;
   const path = side.name === "batched" ? "/v1/generate" : "/v1/generate_nobatch";
-  const cells = [`${side.name} ${path}`, has ? rate(side).toFixed(1) : "–", median(side.firsts),
+  const cells = [path, has ? rate(side).toFixed(1) : "–", median(side.firsts),
     median(side.answers), String(side.tokens), has ? (side.seconds || side.curve.at(-1)[0]).toFixed(1) : "–"];
   cells.forEach((text, i) => {
     const cell = document.createElement(i ? "td" : "th");

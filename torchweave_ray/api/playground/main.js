@@ -2,6 +2,7 @@
 
 import * as chat from "./chat.js";
 import * as compare from "./compare.js";
+import * as http from "./http.js";
 import * as settings from "./settings.js";
 import * as status from "./status.js";
 
@@ -49,6 +50,7 @@ function tabs() {
 
 theme();
 tabs();
+http.start();
 settings.start();
 chat.start();
 compare.start();

@@ -13,6 +13,15 @@ export function render(text) {
   return fragment;
 }
 
+/** JSON in lines; a beginning of it as it stands. */
+export function json(text) {
+  try {
+    return pre(JSON.stringify(JSON.parse(text), null, 2));
+  } catch {
+    return pre(text);
+  }
+}
+
 function block(lines, i) {
   const line = lines[i];
   if (!line.trim()) return [null, i + 1];
@@ -34,12 +43,16 @@ function block(lines, i) {
 function fence(lines, i) {
   let end = i + 1;
   while (end < lines.length && lines[end].trim() !== "```") end++;
-  const pre = document.createElement("pre");
-  pre.tabIndex = 0; // what scrolls can be reached by keys
+  return [pre(lines.slice(i + 1, end).join("\n")), end + 1];
+}
+
+function pre(text) {
+  const node = document.createElement("pre");
+  node.tabIndex = 0; // what scrolls can be reached by keys
   const code = document.createElement("code");
-  code.textContent = lines.slice(i + 1, end).join("\n");
-  pre.append(code);
-  return [pre, end + 1];
+  code.textContent = text;
+  node.append(code);
+  return node;
 }
 
 const item = (line) => /^\s*([-*+]|\d+[.)])\s+(.*)$/.exec(line);

@@ -1,5 +1,7 @@
 // Server-sent events over fetch, resumed by themselves when the connection is lost.
 
+import { call } from "./http.js";
+
 const PATIENCE_MS = 30000;
 const PAUSE_MS = 300;
 
@@ -26,7 +28,7 @@ export async function checked(response) {
 export async function* stream(path, body, { signal, isLast, onLost }) {
   let lastId = "";
   let lostAt = 0;
-  const ask = () => fetch(path, {
+  const ask = () => call(path, {
     method: "POST", signal, body: JSON.stringify(body),
     headers: {
       "Content-Type": "application/json", ...(lastId && { "Last-Event-ID": lastId }),
@@ -85,6 +87,7 @@ function parse(block) {
 /** An error as people read it. */
 export function inWords(error) {
   if (error instanceof ApiError) {
+    if (error.status === 401) return "The server asks for an API key: see the settings.";
     if (error.status === 429) return `The server is full; try again in ${error.retryAfter || "a few"} s.`;
     if (error.status === 503) return `No replica can answer now (${error.message}).`;
     if (error.status === 504) return "The answer would have come too late.";

@@ -1,0 +1,82 @@
+"""The page behind HAProxy and Ray Serve: two ingresses, one of which dies under an answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.playground.actions import ANSWER, answered, ask, compare, compared, set_field
+from tests.playground.chromium import Page, find_chromium
+from tests.smollm2 import staged_smollm2
+from torchweave_ray.bench.process_tree import ProcessTree
+from torchweave_ray.bench.server_process import RunningServer, started_server
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.weights,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_chromium() is None, reason="no Chromium here: apt-get install chromium"
+    ),
+]
+INGRESS = "ray::ServeReplica:torchweave:Ingress"
+STATES = (
+    "window.states = []; new MutationObserver(() => states.push("
+    "document.getElementById('m-state').textContent)).observe("
+    "document.getElementById('m-state'), {childList: true, subtree: true}); 0"
+)
+"""Notes what the page says of its answer."""
+QUESTION = "Write a long story about a river."
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    model = {"id": "smollm2", "artifact": str(staged_smollm2()), "num_cpus": 1, "threads": 1}
+    application = {
+        "name": "torchweave",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": {"models": [model], "ingress": {"num_replicas": 2}},
+    }
+    config = Path(tmp_path_factory.mktemp("served")) / "serve.yaml"
+    config.write_text(yaml.safe_dump({"applications": [application]}))
+    with started_server((str(config), "--no-dashboard")) as server:
+        yield server
+
+
+@pytest.fixture
+def url(server: RunningServer) -> str:
+    return server.url
+
+
+def test_an_answer_goes_on_when_its_ingress_dies(page: Page, server: RunningServer) -> None:
+    set_field(page, "max_tokens", 250)
+    ask(page, QUESTION)
+    whole = answered(page)
+    tree = ProcessTree([server.pid])
+    for _ in range(2):  # chance may put the answer on the one that is not killed
+        page.click("#reset")
+        page.run(STATES)
+        ask(page, QUESTION)
+        page.wait(f"({ANSWER} || '').length > 60")
+        for pid in tree.named(INGRESS)[:1]:
+            os.kill(pid, signal.SIGKILL)
+        assert answered(page) == whole
+        if "reconnecting" in page.run("states"):
+            break
+    else:
+        pytest.fail("no ingress that was killed had the answer")
+    page.complaints.clear()  # Chromium's own, of the connection
+
+
+def test_replicas_and_a_comparison_behind_ray_serve(page: Page) -> None:
+    page.wait("document.querySelectorAll('#replicas tbody tr').length === 1")
+    compare(page, clients=6, requests=6, tokens=16)
+    curves = compared(page)
+    assert curves[0].count("L") > 6
+    assert curves[1].count("L") == 6
