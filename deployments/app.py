@@ -84,7 +84,11 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
     recipe = model.recipe
     if recipe is not None and Path(recipe).exists():
         recipe = _absolute(recipe)
-    model = model.model_copy(update={"recipe": recipe, "artifact": _absolute(model.artifact)})
+    lora = model.lora
+    if lora is not None:
+        lora = lora.model_copy(update={"source": _absolute(lora.source)})
+    changes = {"recipe": recipe, "artifact": _absolute(model.artifact), "lora": lora}
+    model = model.model_copy(update=changes)
     deployment = serve.deployment(ModelReplica).options(
         name=deployment_name(model.name),
         ray_actor_options=_actor_options(

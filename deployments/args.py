@@ -83,6 +83,15 @@ class PlacementGroupArgs(StrictModel):
         return bundles
 
 
+class LoraArgs(StrictModel):
+    """Adapters that requests name as `model:adapter`: a `LoraConfig`."""
+
+    source: str = Field(min_length=1)
+    """A folder, or a URL of one, with a folder for each adapter as PEFT saves it."""
+    max_loaded: int = Field(default=8, ge=1)
+    max_rank: int = Field(default=64, ge=1)
+
+
 class ModelArgs(StrictModel):
     """One model and the replicas that serve it."""
 
@@ -108,6 +117,7 @@ class ModelArgs(StrictModel):
     """CPU threads of a replica; None: the node's cores divided by its replicas."""
     router: Literal["prefix", "default"] = "prefix"
     """prefix: the replica with the least to compute for a request; default: Ray Serve's own."""
+    lora: LoraArgs | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
     """An `EngineConfig` as nested mappings."""
 
@@ -115,6 +125,8 @@ class ModelArgs(StrictModel):
     @classmethod
     def _engine(cls, values: dict[str, Any]) -> dict[str, Any]:
         runner = EngineConfig.from_dict(values).runner
+        if "lora" in values:
+            raise ConfigError("set lora of the model, not engine.lora")
         for key in ("device", "threads"):
             if key in values.get("runner", {}):
                 raise ConfigError(

@@ -16,7 +16,7 @@ from typing import Literal
 import ray
 
 from deployments.args import AppArgs, ModelArgs, StagingArgs
-from torchweave_ray.config import EngineConfig
+from torchweave_ray.config import EngineConfig, LoraConfig
 from torchweave_ray.kernels.machine import num_cores
 
 
@@ -134,4 +134,6 @@ class ReplicaConfig:
         cache = config.cache
         if "replicas_per_node" not in self.model.engine.get("cache", {}):
             cache = replace(cache, replicas_per_node=self.placement.replicas_per_device)
-        return replace(config, runner=runner, cache=cache)
+        lora = self.model.lora
+        adapters = config.lora if lora is None else LoraConfig(**lora.model_dump())
+        return replace(config, runner=runner, cache=cache, lora=adapters)

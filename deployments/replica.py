@@ -34,9 +34,9 @@ from deployments.log import log_start, log_through_serve
 from deployments.observe.metrics import mirrored
 from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
-from deployments.staging import artifact_at_hand
+from deployments.staging import adapters_of, artifact_at_hand
 from torchweave_ray.api.streams.records import StreamRecords
-from torchweave_ray.errors import ConfigError, EngineError, TorchWeaveError
+from torchweave_ray.errors import ConfigError, EngineError, RequestError, TorchWeaveError
 from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
 from torchweave_ray.reported import Reported
@@ -69,7 +69,7 @@ class ModelReplica:
         async with artifact_at_hand(config, weights, self._startup_s) as (folder, whole):
             # In a thread: this loop answers Serve's own probes meanwhile.
             loaded = await asyncio.to_thread(
-                load_model, folder, engine_config, config.model.name, whole
+                load_model, folder, engine_config, config.model.name, whole, adapters_of(config)
             )
             tokenizer = load_tokenizer(folder)
             self._files = read_tokenizer_files(folder)
@@ -158,6 +158,16 @@ class ModelReplica:
     async def recall(self, call_id: str) -> list[GenerateRequest]:
         """Requests that were here of a call whose stream is to go on."""
         return self._streams.recall(call_id)
+
+    async def adapter(self, name: str) -> str | RequestError:
+        """The id of an adapter, which is fetched if need be."""
+        try:
+            return (await self._engine.info(f"{self._info.id}:{name}")).adapter_id
+        except RequestError as error:
+            return error
+
+    async def adapters(self) -> list[str]:
+        return [info.adapter for info in await self._engine.models() if info.adapter]
 
     async def describe(self) -> Description:
         return Description(self._info, self._files, self._startup_s)

@@ -23,12 +23,19 @@ from ray.serve.handle import DeploymentHandle
 from deployments.args import DEFAULT_RECIPE
 from deployments.log import log_through_serve
 from deployments.placement import ReplicaConfig
-from optimizer.task import StagingTask, artifact_parts, ensure_staged
+from optimizer.task import (
+    StagingTask,
+    artifact_parts,
+    ensure_staged,
+    remote_adapters,
+)
 from torchweave_ray.errors import ArtifactError, TorchWeaveError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from optimizer.task import RemoteAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +78,14 @@ async def artifact_at_hand(
             await asyncio.to_thread(_check_hash, weights, share.sha256)
         startup_s["share"] = time.perf_counter() - start
         yield Path(folder), weights
+
+
+def adapters_of(config: ReplicaConfig) -> RemoteAdapters | None:
+    """Where the adapters of this model come from, if that is no folder."""
+    lora = config.model.lora
+    if lora is None or "://" not in lora.source:
+        return None
+    return remote_adapters(lora.source, config.artifact_dir, config.artifact_cache)
 
 
 def staged(config: ReplicaConfig) -> Path:

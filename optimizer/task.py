@@ -10,12 +10,13 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimizer.pipeline import find_staged, optimize
 from optimizer.progress import LogProgress
 from optimizer.recipe import Recipe, resolve_recipe
 from optimizer.remote_store import fetch_artifact, is_url, open_places
+from optimizer.sources import parse_source
 from torchweave_ray.errors import ArtifactError, ConfigError, TorchWeaveError
 from torchweave_ray.models.artifact import (
     SEAL,
@@ -25,6 +26,9 @@ from torchweave_ray.models.artifact import (
     read_manifest,
     verify_artifact,
 )
+
+if TYPE_CHECKING:
+    from optimizer.sources.remote_adapters import RemoteAdapters as RemoteAdapters
 
 CONNECT_S = 10.0
 
@@ -139,6 +143,18 @@ def ensure_staged(
         directory = _staged(resolve_recipe(recipe), store, cache, task or StagingTask())
     verify_artifact(directory, full=full)
     return directory
+
+
+def remote_adapters(
+    url: str, store: str | Path | None = None, cache: str | Path | None = None
+) -> RemoteAdapters:
+    """LoRA adapters below a URL, kept beside the artifacts of this node. `store`, `cache`: as of
+    `open_places`. Raises ConfigError for a URL that no driver knows."""
+    from optimizer.sources.remote_adapters import RemoteAdapters
+
+    parse_source(url, None)
+    shelf, _ = open_places(store, cache)
+    return RemoteAdapters(url, shelf.root / ".adapters")
 
 
 def _staged(

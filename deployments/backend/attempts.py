@@ -62,6 +62,8 @@ class ModelClient:
         self.generate = self.handle.options(method_name="generate")
         self.generate_stream = self.handle.options(method_name="generate_stream", stream=True)
         self.describe = self.handle.options(method_name="describe")
+        self.adapter = self.handle.options(method_name="adapter")
+        self.adapters = self.handle.options(method_name="adapters")
         self.ping = self.handle.options(method_name="ping")
         called = (self.generate, self.generate_stream, self.describe)
         self.fleet = Fleet(lambda: running_replicas(called), longest_stream_s)

@@ -39,6 +39,10 @@ class Progress:
         self._num_outputs = 0
         self._cached_tokens = 0
 
+    def renew(self, request: GenerateRequest) -> None:
+        """Before any output: it is asked for otherwise."""
+        self._request = request
+
     @property
     def can_resume(self) -> bool:
         """Only token streams can go on; anything else can at most start again from nothing."""

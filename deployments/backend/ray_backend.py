@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments.backend.adapters import ADAPTER, Adapters
 from deployments.backend.attempts import (
     Lost,
     ModelClient,
@@ -65,11 +66,12 @@ class RayBackend:
         self._num_open = 0
         self.moves = Moves()
         self._descriptions = Descriptions(clients)
+        self._adapters = Adapters(clients)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestOutput]:
         """Outputs until one `is_last`; raises RequestError when refused or lost for good."""
-        client = self._client(request.model)
-        request = with_hint(request, self._descriptions.known(request.model))
+        client = self._client(request.base_model)
+        request = with_hint(request, self._descriptions.known(request.base_model))
         if doubtful := self._doubtful(client):
             request = avoiding(request, *doubtful)
         progress = Progress(request)
@@ -95,27 +97,36 @@ class RayBackend:
     async def _of_any_artifact(
         self, client: ModelClient, request: GenerateRequest, progress: Progress
     ) -> AsyncGenerator[RequestOutput]:
-        """The first attempt; while an update rolls, replicas of two artifacts may answer it."""
+        """The first attempt; while an update rolls, replicas of two artifacts may answer it, or of
+        two adapters of one name."""
         try:
             async with aclosing(self._first_attempt(client, request, progress)) as outputs:
                 async for output in outputs:
                     yield output
             return
         except InvalidRequest as error:
-            if error.param != ARTIFACT:
-                raise
-        await self._descriptions.forget(request.model)
-        request = replace(request, artifact_id="")
+            if error.param == ARTIFACT:
+                await self._descriptions.forget(request.base_model)
+                request = replace(request, artifact_id="")
+            else:
+                renewed = await self._adapters.renewed(request, error)
+                request = replace(request, adapter_id=renewed)
+                progress.renew(request)
         async with aclosing(self._first_attempt(client, request, progress)) as outputs:
             async for output in outputs:
                 yield output
 
     async def models(self) -> list[ModelInfo]:
         """Models that a replica serves; Unavailable, with the reason, when there is none yet."""
-        return await self._descriptions.all(DESCRIBE_TIMEOUT_S)
+        infos = await self._descriptions.all(DESCRIBE_TIMEOUT_S)
+        return await self._adapters.listed(infos)
 
     async def info(self, model: str) -> ModelInfo:
-        return (await self.describe(model)).info
+        base = model if model in self.clients else model.rpartition(":")[0]
+        if base not in self.clients:
+            raise model_not_found(model, self.clients)
+        info = (await self.describe(base)).info
+        return info if base == model else await self._adapters.info(info, model)
 
     async def describe(self, model: str, timeout_s: float = DESCRIBE_TIMEOUT_S) -> Description:
         """Asked of a replica once and kept until one refuses a request for its artifact."""
@@ -243,7 +254,7 @@ class RayBackend:
                 return
             except (Lost, NoRoom, InvalidRequest) as error:
                 if isinstance(error, InvalidRequest):
-                    if error.param != ARTIFACT:
+                    if error.param not in (ARTIFACT, ADAPTER):
                         raise
                 else:
                     lost = (*lost, error.replica)

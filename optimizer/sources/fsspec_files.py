@@ -49,6 +49,11 @@ class FsspecFiles:
                 found.append(path.removeprefix(prefix))
         return sorted(found)
 
+    def folders(self) -> list[str]:
+        entries = self._fs.ls(self._root, detail=True)
+        paths = (str(e["name"]).rstrip("/") for e in entries if e["type"] == "directory")
+        return sorted(path.rpartition("/")[2] for path in paths)
+
     def stat(self, name: str) -> RemoteFile:
         info: Mapping[str, Any] = self._fs.info(self._path(name))
         if info.get("type") == "directory":

@@ -43,6 +43,9 @@ class HttpFiles:
     def names(self) -> None:
         """Pages that list a folder are for people."""
 
+    def folders(self) -> list[str]:
+        return []
+
     def stat(self, name: str) -> RemoteFile:
         """By a GET of the first byte: a URL that is signed for GET allows no HEAD."""
         with self._get(name, {"Range": "bytes=0-0"}, (200, 206, 416)) as response:

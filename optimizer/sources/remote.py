@@ -60,7 +60,7 @@ class RemoteSource:
         folder /= (self.identity() or ["plain"])[0][:16]
         base, member = self._split()
         with scrubbed_logs(self.url):
-            remote = _open(base)
+            remote = open_files(base)
             try:
                 if member is not None:
                     files = [_stat(remote, member)]
@@ -120,7 +120,8 @@ def parse_remote(url: str) -> RemoteSource:
     return RemoteSource(url)
 
 
-def _open(url: str) -> RemoteFiles:
+def open_files(url: str) -> RemoteFiles:
+    """Those of the folder at `url`."""
     # Imported here: they bring HTTP and fsspec, which a recipe that is staged already needs not.
     if urlsplit(url).scheme in _WEB:
         from optimizer.sources.http_files import HttpFiles

@@ -31,6 +31,10 @@ class RemoteFiles(Protocol):
         """Files of the folder, not of its subfolders; None: this place lists nothing."""
         ...
 
+    def folders(self) -> list[str]:
+        """Subfolders; none where this place lists nothing."""
+        ...
+
     def stat(self, name: str) -> RemoteFile: ...
 
     def read(self, file: RemoteFile, start: int, end: int) -> bytes:
