@@ -88,7 +88,8 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
     if lora is not None:
         lora = lora.model_copy(update={"source": _absolute(lora.source)})
     changes = {"recipe": recipe, "artifact": _absolute(model.artifact), "lora": lora}
-    model = model.model_copy(update=changes)
+    engine = _with_absolute_draft(model.engine)
+    model = model.model_copy(update={**changes, "engine": engine})
     deployment = serve.deployment(ModelReplica).options(
         name=deployment_name(model.name),
         ray_actor_options=_actor_options(
@@ -179,6 +180,14 @@ def _actor_options(
         "num_gpus": num_gpus,
         "runtime_env": {"env_vars": SAME_LOOP},
     }
+
+
+def _with_absolute_draft(engine: dict[str, Any]) -> dict[str, Any]:
+    speculation = engine.get("speculation", {})
+    draft = speculation.get("model")
+    if draft is None or not Path(draft).expanduser().exists():
+        return engine
+    return engine | {"speculation": speculation | {"model": _absolute(draft)}}
 
 
 def _absolute(path: str | None) -> str | None:

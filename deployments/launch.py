@@ -29,6 +29,7 @@ from deployments.log import log_through_serve
 from deployments.status import the_error_in
 from optimizer.task import check_recipe
 from torchweave_ray.api.access.key_file import read_keys
+from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ConfigError, TorchWeaveError
 
 BUILDER = "deployments.app:build"
@@ -106,6 +107,9 @@ def _check(application: ServeApplicationSchema) -> None:
         for model in args.models:
             if model.artifact is None:
                 check_recipe(model.recipe or DEFAULT_RECIPE)
+            draft = EngineConfig.from_dict(model.engine).speculation.model
+            if draft is not None and "://" not in draft and not Path(draft).expanduser().is_dir():
+                check_recipe(draft)
             for deployment in application.deployments:
                 if deployment.name == deployment_name(model.name):
                     user_config = deployment.user_config

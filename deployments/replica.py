@@ -34,7 +34,7 @@ from deployments.log import log_start, log_through_serve
 from deployments.observe.metrics import mirrored
 from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
-from deployments.staging import adapters_of, artifact_at_hand
+from deployments.staging import artifact_at_hand, load_served
 from torchweave_ray.api.streams.records import StreamRecords
 from torchweave_ray.errors import ConfigError, EngineError, RequestError, TorchWeaveError
 from torchweave_ray.kernels.machine import num_cores
@@ -58,7 +58,7 @@ class ModelReplica:
         # Ray says 1 here for a replica of one CPU, and OpenMP takes it for every new thread, the
         # engine's too. It is read when torch is loaded, which must not have happened yet.
         os.environ["OMP_NUM_THREADS"] = str(engine_config.runner.threads)
-        from torchweave_ray.build import build_engine, load_model
+        from torchweave_ray.build import build_engine
         from torchweave_ray.engine.async_engine import AsyncEngine
 
         self._startup_s: dict[str, float] = {}
@@ -68,9 +68,7 @@ class ModelReplica:
         self._streams = StreamRecords()
         async with artifact_at_hand(config, weights, self._startup_s) as (folder, whole):
             # In a thread: this loop answers Serve's own probes meanwhile.
-            loaded = await asyncio.to_thread(
-                load_model, folder, engine_config, config.model.name, whole, adapters_of(config)
-            )
+            loaded = await asyncio.to_thread(load_served, config, engine_config, folder, whole)
             tokenizer = load_tokenizer(folder)
             self._files = read_tokenizer_files(folder)
         self._startup_s.update(loaded.startup_s)

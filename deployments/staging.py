@@ -13,22 +13,24 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from deployments.args import DEFAULT_RECIPE
+from deployments.args import DEFAULT_RECIPE, StagingArgs
 from deployments.log import log_through_serve
 from deployments.placement import ReplicaConfig
 from optimizer.task import (
     StagingTask,
     artifact_parts,
+    ensure_named,
     ensure_staged,
     remote_adapters,
 )
+from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ArtifactError, TorchWeaveError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from optimizer.task import RemoteAdapters
+    from torchweave_ray.build import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +93,45 @@ def adapters_of(config: ReplicaConfig) -> RemoteAdapters | None:
 
 def staged(config: ReplicaConfig) -> Path:
     """The artifact's folder on this node. Blocks while it is staged."""
-    model, staging = config.model, config.staging
+    model = config.model
     return ensure_staged(
         model.recipe or DEFAULT_RECIPE,
         store=config.artifact_dir,
         cache=config.artifact_cache,
         model_dir=model.artifact,
         full=config.verify == "full",
-        task=StagingTask(staging.num_cpus, staging.memory, staging.max_retries),
+        task=_task(config.staging),
     )
+
+
+def load_served(
+    config: ReplicaConfig, engine: EngineConfig, folder: Path, whole: NDArray[np.uint8] | None
+) -> LoadedModel:
+    """The replica's model with its adapters, and its draft model, which is staged first. Blocks
+    meanwhile."""
+    from torchweave_ray.build import load_model
+
+    engine = _with_draft_staged(config, engine)
+    return load_model(folder, engine, config.model.name, whole, adapters_of(config))
+
+
+def _with_draft_staged(config: ReplicaConfig, engine: EngineConfig) -> EngineConfig:
+    """With the draft model's folder on this node in place of its name."""
+    speculation = engine.speculation
+    if speculation.model is None:
+        return engine
+    directory = ensure_named(
+        speculation.model,
+        store=config.artifact_dir,
+        cache=config.artifact_cache,
+        full=config.verify == "full",
+        task=_task(config.staging),
+    )
+    return replace(engine, speculation=replace(speculation, model=str(directory)))
+
+
+def _task(staging: StagingArgs) -> StagingTask:
+    return StagingTask(staging.num_cpus, staging.memory, staging.max_retries)
 
 
 class WeightsOwner:

@@ -19,6 +19,7 @@ from optimizer.remote_store import fetch_artifact, is_url, open_places
 from optimizer.sources import parse_source
 from torchweave_ray.errors import ArtifactError, ConfigError, TorchWeaveError
 from torchweave_ray.models.artifact import (
+    MANIFEST,
     SEAL,
     WEIGHTS,
     Lease,
@@ -155,6 +156,22 @@ def remote_adapters(
     parse_source(url, None)
     shelf, _ = open_places(store, cache)
     return RemoteAdapters(url, shelf.root / ".adapters")
+
+
+def ensure_named(
+    name: str,
+    store: str | Path | None = None,
+    cache: str | Path | None = None,
+    full: bool = False,
+    task: StagingTask | None = None,
+) -> Path:
+    """As `ensure_staged`, for a model beside the one that the environment may speak of: `name` is
+    an artifact's folder, a URL of one, or a recipe."""
+    if is_url(name) or Path(name).expanduser().joinpath(MANIFEST).is_file():
+        return ensure_staged("", model_dir=name, full=full, cache=cache)
+    directory = _staged(resolve_recipe(name), store, cache, task or StagingTask())
+    verify_artifact(directory, full=full)
+    return directory
 
 
 def _staged(

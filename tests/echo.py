@@ -7,9 +7,10 @@ generation computed alone, as the reference, and a letter-per-token detokenizer.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,6 +190,23 @@ class EchoRunner:
     def _slot(self, row: _Row, position: int) -> int:
         size = self.limits.block_size
         return row.block_table[position // size] * size + position % size
+
+
+class Unsure(EchoRunner):
+    """A small model: says another token than the one that it drew, now and then."""
+
+    def __init__(self, limits: RuntimeLimits, doubt: float, seed: int = 0) -> None:
+        super().__init__(limits)
+        self.rng, self.doubt, self.num_wrong = random.Random(seed), doubt, 0
+
+    def execute(self, step: EchoStep) -> StepResult:
+        result = super().execute(step)
+        tokens = []
+        for drawn in result.token_ids:
+            is_wrong = bool(drawn) and self.rng.random() < self.doubt
+            self.num_wrong += is_wrong
+            tokens.append([(drawn[0] + 1) % VOCAB] if is_wrong else drawn)
+        return replace(result, token_ids=tokens)
 
 
 def _allowed(plan: StepPlan, index: int) -> list[Container[int]]:

@@ -83,8 +83,9 @@ def make_tokenizer(vocab_size: int = 300) -> Tokenizer:
     return tokenizer
 
 
-def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
-    """A folder as `save_pretrained` leaves it. `overrides` are keys of its `config.json`."""
+def make_checkpoint(directory: Path, seed: int = 0, tokens: int = 300, **overrides: Any) -> Path:
+    """A folder as `save_pretrained` leaves it, with a tokenizer of so many `tokens`. `overrides`
+    are keys of its `config.json`."""
     directory.mkdir(parents=True, exist_ok=True)
     hf_config = {**TINY_CONFIG, **overrides}
     config = ModelConfig.from_hf(hf_config)
@@ -105,7 +106,7 @@ def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
             "chat_template": CHAT_TEMPLATE,
         },
     )
-    make_tokenizer().save(str(directory / TOKENIZER))
+    make_tokenizer(tokens).save(str(directory / TOKENIZER))
     tensors = _random_tensors(config, seed)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     return directory

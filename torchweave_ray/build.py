@@ -18,17 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import EngineConfig
+from torchweave_ray.drafting import LoadedDraft, OpenDraft, proposer_of
 from torchweave_ray.engine.adapters.pool import AdapterPool
 from torchweave_ray.engine.engine import Engine
-from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
 from torchweave_ray.engine.speculation.drafter import Drafter
-from torchweave_ray.engine.speculation.ngram import NgramProposer
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.hf.opening import open_executor
-from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.kernels.machine import fingerprint
 from torchweave_ray.models.artifact import (
     WEIGHTS,
@@ -43,22 +40,18 @@ from torchweave_ray.models.lora.folder import AdapterSource
 from torchweave_ray.models.mapped_file import map_shared
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
-from torchweave_ray.models.spec import DecoderSpec, Executor
+from torchweave_ray.models.spec import Executor
 from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.adapters import AdapterStore, open_adapters
 from torchweave_ray.runner.device import (
-    free_memory,
     numerics_path,
     resolve_device,
     resolve_dtype,
     resolve_kv_dtype,
     set_num_threads,
 )
-from torchweave_ray.runner.kv_cache import KVCache, KVShape, size_kv_cache
 from torchweave_ray.runner.model_runner import ModelRunner
-from torchweave_ray.runner.native_sampler import NativeSampler
-from torchweave_ray.runner.sampler import sample
-from torchweave_ray.sampling_params import SamplingParams
+from torchweave_ray.runner.opening import open_runner, run_first_step
 from torchweave_ray.tokenizer import Tokenizer
 from torchweave_ray.tokenizer.grammar import GrammarCompiler, make_vocabulary
 from torchweave_ray.tuning import TunedSettings, tuned_settings, tuned_threads
@@ -82,6 +75,7 @@ class LoadedModel:
     adapters: AdapterStore | None = None
     lease: Lease = field(default_factory=Lease)
     """Keeps the artifact from being deleted while its pages are mapped."""
+    draft: LoadedDraft | None = None
 
 
 def load_model(
@@ -111,26 +105,43 @@ def load_model(
     kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, dtype)
     threads = set_num_threads(config.runner.threads or tuned_threads(artifact_dir))
     with stages.timed("weights"):
-        placement = Placement(
-            dtype, device, threads, config.runner.executor, config.cache.block_size
-        )
+        kind, block_size = config.runner.executor, config.cache.block_size
+        placement = Placement(dtype, device, threads, kind, block_size)
         executor = open_executor(
             artifact_dir, model, manifest, placement, TorchPagedAttention(), whole
         )
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.
             set_num_threads(1)
+    opened = _open_draft(artifact_dir, config, placement, executor, stages)
     with stages.timed("kv_cache"):
         store = open_adapters(config.lora, adapters, model, executor)
-        runner = _build_runner(executor, spec, model, config, kv_dtype, device, store)
+        beside = 0 if opened is None else opened.block_bytes(block_size)
+        runner = open_runner(executor, spec, model, config, kv_dtype, device, store, beside)
+        draft = None if opened is None else opened.start(runner.limits, device)
     with stages.timed("first_step"):
-        _run_first_step(runner)
+        run_first_step(runner)
     name = model_id or artifact_dir.absolute().name
     info = _info(name, manifest, model, executor, runner, config, placement, kv_dtype)
     info = replace(info, has_adapters=store is not None)
     found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
     tuned = tuned_settings(artifact_dir, found, config.scheduler)
-    return LoadedModel(runner, info, manifest, artifact_dir, tuned, stages.seconds, store, lease)
+    took = stages.seconds
+    return LoadedModel(runner, info, manifest, artifact_dir, tuned, took, store, lease, draft)
+
+
+def _open_draft(
+    artifact_dir: Path,
+    config: EngineConfig,
+    placement: Placement,
+    executor: Executor,
+    stages: _Stages,
+) -> OpenDraft | None:
+    if config.speculation.model is None:
+        return None
+    with stages.timed("draft_weights"):
+        directory = Path(config.speculation.model)
+        return OpenDraft(directory, artifact_dir, config, placement, executor)
 
 
 def _info(
@@ -165,9 +176,7 @@ def _info(
 def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
     scheduler = loaded.tuned.fill(config.scheduler)
     limits = loaded.runner.limits
-    drafter = None
-    if config.speculation.method == "ngram":
-        drafter = Drafter(NgramProposer(config.speculation), config.speculation)
+    proposer = proposer_of(config, loaded.draft, limits.vocab_size)
     adapters = None
     if loaded.adapters is not None:
         loaded.adapters.reset()
@@ -181,66 +190,9 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
         grammars=GrammarCompiler(
             lambda: make_vocabulary(tokenizer.to_json(), limits.vocab_size, limits.eos_token_ids)
         ),
-        drafter=drafter,
+        drafter=None if proposer is None else Drafter(proposer, config.speculation),
         adapters=adapters,
     )
-
-
-def _build_runner(
-    executor: Executor,
-    spec: DecoderSpec,
-    model: ModelConfig,
-    config: EngineConfig,
-    kv_dtype: torch.dtype,
-    device: torch.device,
-    store: AdapterStore | None,
-) -> ModelRunner:
-    block_size = config.cache.block_size
-    size = size_kv_cache(
-        config.cache,
-        block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype),
-        free_memory(device),
-        config.scheduler.max_num_seqs,
-        config.max_model_len,
-        model.max_position_embeddings,
-    )
-    shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, kv_dtype)
-    limits = RuntimeLimits(
-        size.num_blocks,
-        block_size,
-        size.max_model_len,
-        spec.vocab_size,
-        model.eos_token_ids,
-        kept_positions=_kept_positions(model),
-    )
-    sampler = NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample
-    kv_cache = KVCache(shape, size.num_blocks, device)
-    loaded = {} if store is None else store.loaded
-    return ModelRunner(executor, kv_cache, limits, device, sampler, loaded)
-
-
-def _kept_positions(model: ModelConfig) -> int | None:
-    """Only where all layers slide: the others need all positions, and share the blocks."""
-    if model.sliding_window is None or not model.sees_window_only:
-        return None
-    return model.sliding_window + TILE
-
-
-def _run_first_step(runner: ModelRunner) -> None:
-    """Compute one token: maps the weights in, so that no request waits for the disk, and a model
-    that cannot run fails the start. What it leaves in block 0 is overwritten before it is read."""
-    seq = ScheduledSequence(
-        seq_id=-1,
-        start=0,
-        num_tokens=1,
-        token_ids=[0],
-        num_prompt_tokens=1,
-        block_table=[0],
-        sampling=SamplingParams(temperature=0.0),
-        seed=0,
-    )
-    runner.submit(StepPlan((seq,))).result()
-    runner.release(seq.seq_id)
 
 
 def _check_eos(model: ModelConfig) -> None:

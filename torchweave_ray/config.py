@@ -130,8 +130,12 @@ class RunnerConfig:
 class SpeculationConfig:
     """Guessing tokens and verifying them in the same step. It never changes a text."""
 
-    method: Literal["none", "ngram"] = "none"
-    """ngram: what followed the last tokens when they stood in this sequence before."""
+    method: Literal["none", "ngram", "draft"] = "none"
+    """ngram: what followed the last tokens when they stood in this sequence before; draft: what a
+    smaller model says."""
+    model: str | None = None
+    """With draft: the smaller model's artifact, of the same tokenizer; a server and the commands
+    also take a recipe's name, and stage it."""
     max_draft_tokens: int = 8
     """Most guesses a sequence and step; how many are made follows from how many were right and
     from what a token costs beside the others of the step."""
@@ -143,6 +147,15 @@ class SpeculationConfig:
         _at_least("max_draft_tokens", self.max_draft_tokens, 1)
         _at_least("min_ngram", self.min_ngram, 1)
         _at_least("max_ngram", self.max_ngram, self.min_ngram)
+        if self.method == "draft" and not self.model:
+            raise ConfigError(
+                "speculation.method is 'draft': speculation.model must name the model"
+            )
+        if self.model and self.method != "draft":
+            raise ConfigError(
+                f"speculation.model is {self.model!r}, but speculation.method {self.method!r} "
+                "takes no model: set it to 'draft'"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,10 +56,13 @@ _COUNTED = {
     "prefix_hit_tokens": ("num_prefix_hit_tokens", "Prompt tokens that the prefix cache had"),
     "preemptions": ("num_preemptions", "Sequences put back to the queue for want of memory"),
     "steps": ("num_steps", "Engine steps"),
+}
+"""Counter: (field of `Stats`, meaning)."""
+_DRAFTED = {
     "draft_tokens": ("num_draft_tokens", "Tokens that speculation guessed"),
     "accepted_draft_tokens": ("num_accepted_tokens", "Of them, those that were right"),
 }
-"""Counter: (field of `Stats`, meaning)."""
+"""The same, by method."""
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("Arrival at the engine to first token", SECONDS),
     "time_per_output_token_seconds": ("Mean time of a request's tokens after the first", SECONDS),
@@ -110,8 +113,16 @@ class MetricSet:
 class EngineMetrics(MetricSet):
     """Of one engine. `snapshot` may be called from any thread."""
 
-    def __init__(self, model: str, max_num_seqs: int, snapshot: Callable[[], Stats]) -> None:
+    def __init__(
+        self,
+        model: str,
+        max_num_seqs: int,
+        snapshot: Callable[[], Stats],
+        speculation: str = "none",
+    ) -> None:
+        """`speculation`: its method."""
         super().__init__()
+        self._speculation = {"method": speculation}
         self.labels = {"model_name": model}
         self._max_num_seqs = max_num_seqs
         self._snapshot = snapshot
@@ -167,6 +178,10 @@ class EngineMetrics(MetricSet):
         stats = self._snapshot()
         for name, (field, meaning) in _COUNTED.items():
             yield CounterMetricFamily(PREFIX + name, meaning, value=getattr(stats, field))
+        for name, (field, meaning) in _DRAFTED.items():
+            drafted = CounterMetricFamily(PREFIX + name, meaning, labels=[*self._speculation])
+            drafted.add_metric([*self._speculation.values()], getattr(stats, field))
+            yield drafted
         for name, meaning, value in (
             ("requests_running", "Sequences in the batch", stats.num_running),
             ("requests_waiting", "Sequences in the queue", stats.num_waiting),

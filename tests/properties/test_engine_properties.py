@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from tests.echo import EOS, VOCAB, EchoRunner, Expected, LetterDetokenizer, expected
+from tests.echo import EOS, VOCAB, EchoRunner, Expected, LetterDetokenizer, Unsure, expected
 from torchweave_ray.config import CacheConfig, SchedulerConfig, SpeculationConfig, StepCost
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.plan import RuntimeLimits
-from torchweave_ray.engine.speculation.drafter import Drafter, DraftState
+from torchweave_ray.engine.speculation.draft_model import DraftModel
+from torchweave_ray.engine.speculation.drafter import Drafter, Wanted
 from torchweave_ray.engine.speculation.ngram import NgramProposer
 from torchweave_ray.outputs import FinishReason, GenerateRequest, OutputKind, RequestOutput
 from torchweave_ray.sampling_params import SamplingParams
@@ -51,6 +52,8 @@ class Received:
 class Oracle:
     """Proposes what will come, or not quite: each guess is wrong with probability 0.2."""
 
+    method, acceptance, share = "oracle", 0.8, 0.0
+
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         self._rng = random.Random(workload.limits.num_blocks)
@@ -60,10 +63,20 @@ class Oracle:
                 whole = workload.whole(request, index).token_ids
                 self._wholes[request.prompt_token_ids].append(whole)
 
-    def propose(
-        self, state: DraftState, token_ids: Sequence[int], end: int, most: int
-    ) -> list[int]:
-        known = list(token_ids[:end])
+    def lag(self, seq: object, end: int) -> int:
+        return 0
+
+    def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+        return [self._guesses(w.seq.token_ids[: w.end], w.num) for w in wanted]
+
+    def release(self, seq_id: int) -> None:
+        pass
+
+    def take_rounds(self) -> list[object]:
+        return []
+
+    def _guesses(self, known: list[int], most: int) -> list[int]:
+        end = len(known)
         for prompt, wholes in self._wholes.items():
             for whole in wholes:
                 text = [*prompt, *whole]
@@ -115,7 +128,10 @@ class Workload:
         self.poisoned = {r.sampling.seed for r in self.requests if rng.random() < 0.03}
         self.runner = EchoRunner(self.limits, frozenset(self.poisoned))
         speculation = SpeculationConfig(max_draft_tokens=rng.choice([1, 3, 8]))
-        proposer = rng.choice([None, Oracle(self), Oracle(self), NgramProposer(speculation)])
+        self.draft_model = self.random_draft_model(cache)
+        self.proposer = rng.choice(
+            [None, Oracle(self), self.draft_model, self.draft_model, NgramProposer(speculation)]
+        )
         self.engine = Engine(
             self.runner,
             LetterDetokenizer(),
@@ -124,10 +140,22 @@ class Workload:
             "artifact",
             lambda: self.now,
             self.grammars,
-            None if proposer is None else Drafter(proposer, speculation),
+            self.proposer and Drafter(self.proposer, speculation, lambda: self.now),
         )
         self.received = {r.request_id: Received() for r in self.requests}
         self.aborted: set[str] = set()
+
+    def random_draft_model(self, cache: CacheConfig) -> DraftModel:
+        """Other seeds than the workload's own draw it: what is asked for stays the same."""
+        rng = random.Random(-self.limits.num_blocks)
+        limits = replace(
+            self.limits,
+            step_depth=0,
+            num_blocks=rng.choice([self.limits.num_blocks, 5]),
+            max_model_len=rng.choice([self.limits.max_model_len, 20]),
+        )
+        runner = Unsure(limits, rng.choice([0.0, 0.2, 0.5]))
+        return DraftModel(runner, cache, VOCAB, 0.1, lambda: self.now)
 
     def random_request(self, number: int) -> GenerateRequest:
         rng = self.rng
@@ -198,6 +226,9 @@ class Workload:
                 request = next(r for r in self.requests if r.request_id == output.request_id)
                 self.received[output.request_id].add(output, len(request.output_token_ids))
             self.engine.check_integrity()
+            scheduler = self.engine._scheduler
+            ids = {seq.seq_id for seq in scheduler.running}
+            self.draft_model.check_integrity(ids | set(scheduler.released))
             self.now += 1.0
             if tick > 20 and not self.engine.has_work:
                 break
@@ -260,7 +291,7 @@ def test_random_workloads_give_what_each_request_gives_alone(batch: int) -> None
 
 def test_the_workloads_reach_what_they_are_for() -> None:
     """A property that never meets preemption, forks, hits or copies proves nothing."""
-    accepted = rejected = preemptions = hits = copies = aborts = depth_one = 0
+    accepted = rejected = preemptions = hits = copies = aborts = depth_one = by_model = 0
     for seed in range(300):
         workload = Workload(seed)
         workload.run()
@@ -272,7 +303,9 @@ def test_the_workloads_reach_what_they_are_for() -> None:
         depth_one += workload.limits.step_depth
         accepted += stats.num_accepted_tokens
         rejected += stats.num_draft_tokens - stats.num_accepted_tokens
-    assert min(preemptions, hits, copies, aborts, depth_one, accepted, rejected) > 50
+        is_model = workload.proposer is workload.draft_model
+        by_model += stats.num_accepted_tokens if is_model else 0
+    assert min(preemptions, hits, copies, aborts, depth_one, accepted, rejected, by_model) > 50
 
 
 def test_resuming_at_every_token_gives_the_undisturbed_rest() -> None:

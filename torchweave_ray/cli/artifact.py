@@ -51,7 +51,8 @@ def read_engine_config(path: Path | None) -> EngineConfig:
 
 
 def read_engine_options(path: Path | None) -> dict[str, Any]:
-    """The file as it is. Raises ConfigError for what cannot be read."""
+    """The file as it is, but that a draft model which is named by its recipe is staged. Raises
+    ConfigError for what cannot be read."""
     import yaml
 
     from torchweave_ray.errors import ConfigError
@@ -66,6 +67,9 @@ def read_engine_options(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping")
+    speculation = values.get("speculation")
+    if isinstance(speculation, dict) and isinstance(speculation.get("model"), str):
+        speculation["model"] = str(artifact_of(speculation["model"]))
     return values
 
 

@@ -46,7 +46,8 @@ class Engine:
         self._clock = clock
         self.adapters = adapters or AdapterPool()
         self._scheduler = Scheduler(cache, scheduler, runner.limits, clock, drafter, self.adapters)
-        self._drafter = drafter
+        self.drafter = drafter
+        self._holders: list[Runner | Drafter] = [runner] if drafter is None else [runner, drafter]
         self.admission = Admission(self._scheduler, runner.limits)
         self._outputs = OutputProcessor(detokenizer, self._scheduler, clock)
         self._constraints = Constraints(grammars, runner.limits)
@@ -125,7 +126,8 @@ class Engine:
             self._end(request_id, FinishReason.ERROR, why)
         plan = self._scheduler.schedule()
         for seq_id in self._scheduler.released:
-            self._runner.release(seq_id)
+            for each in self._holders:
+                each.release(seq_id)
         self._scheduler.released.clear()
         if plan is not None:
             if self._constraints:
@@ -142,8 +144,8 @@ class Engine:
             self._emit(outputs)
         seconds = self._clock() - started_at
         self.admission.note_step(seconds, plan)
-        if self._drafter is not None and plan is not None:
-            self._drafter.note_step(seconds, plan)
+        if self.drafter is not None and plan is not None:
+            self.drafter.note_step(seconds, plan)
         ready, self._ready = self._ready, []
         return ready
 
@@ -157,7 +159,8 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
-        self._runner.close()
+        for each in self._holders:
+            each.close()
 
     def _constrained(self, plan: StepPlan) -> StepPlan:
         """The plan with its bitmask; a sequence whose grammar cannot go on ends here."""

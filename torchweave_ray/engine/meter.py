@@ -52,7 +52,9 @@ class Meter:
     def __init__(self, interval_s: float, model: str, engine: Engine) -> None:
         self._interval_s = interval_s
         self._engine = engine
-        self.metrics = EngineMetrics(model, engine.scheduler_config.max_num_seqs, engine.stats)
+        method = "none" if engine.drafter is None else engine.drafter.method
+        max_num_seqs = engine.scheduler_config.max_num_seqs
+        self.metrics = EngineMetrics(model, max_num_seqs, engine.stats, method)
         self._start: tuple[float, Stats] | None = None
         self._last_token: dict[str, float] = {}
         """When each open request had its last token."""

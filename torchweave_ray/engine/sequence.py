@@ -15,7 +15,7 @@ from torchweave_ray.engine.plan import IN_FLIGHT, ScheduledSequence, StepOutput
 from torchweave_ray.outputs import FinishReason, GenerateRequest, TokenLogprobs
 
 if TYPE_CHECKING:
-    from torchweave_ray.engine.speculation.drafter import DraftState
+    from torchweave_ray.engine.speculation.costs import Acceptance
 
 
 class SequenceStatus(enum.Enum):
@@ -139,7 +139,7 @@ class Sequence:
             request.artifact_id, request.tenant, request.cache_salt, request.adapter_id
         )
         self.fork_source: Sequence | None = None
-        self.drafts: DraftState | None = None
+        self.drafts: Acceptance | None = None
         self.last_step = 0
         """Number of the last step this sequence was scheduled in."""
         self.epoch = 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchweave_ray.attention.base import AttentionBackend
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.kv_layout import SUB
-from torchweave_ray.kernels.library import KernelsUnavailable, load_library
+from torchweave_ray.kernels.library import KernelsUnavailable, Team, load_library
 from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.models.artifact import Manifest
 from torchweave_ray.models.config import ModelConfig
@@ -43,6 +43,8 @@ class Placement:
     executor: Literal["auto", "torch", "native"] = "auto"
     block_size: int = SUB
     """Of the KV cache."""
+    team: Team | None = None
+    """Threads of another model's executor, which never runs at the same time; None: its own."""
 
 
 def open_executor(
@@ -74,7 +76,7 @@ def open_executor(
             else:
                 plain = load_weights(directory, config, dtype, device, manifest, whole)
                 stored = plain
-            return NativeExecutor(spec, stored, library, placement.num_threads)
+            return NativeExecutor(spec, stored, library, placement.num_threads, placement.team)
         except (KernelsUnavailable, CannotLower) as error:
             if placement.executor == "native":
                 raise ConfigError(f"runner.executor is 'native', but {error}") from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchweave_ray.attention.base import LayerKV, StepInputs
-from torchweave_ray.kernels.library import Library
+from torchweave_ray.kernels.library import Library, Team
 from torchweave_ray.kernels.packing import PackedLinear, pack_linear
 from torchweave_ray.kernels.program import Program
 from torchweave_ray.kernels.structs import Lora
@@ -53,14 +53,16 @@ class NativeExecutor:
         tensors: Mapping[str, Tensor | PackedLinear],
         library: Library,
         num_threads: int,
+        team: Team | None = None,
     ) -> None:
-        """Weights that are packed are used where they lie, others are packed here. Raises
-        CannotLower when the kernels lack something that the spec needs."""
+        """Weights that are packed are used where they lie, others are packed here. `team`: threads
+        to use in place of new ones. Raises CannotLower when the kernels lack something that the
+        spec needs."""
         self._spec = spec
         self._targets = tuple(adaptable(spec))
         lowered = lower(spec, tensors)
         self.isa = library.isa
-        self.team = library.create_team(num_threads)
+        self.team = team or library.create_team(num_threads)
         """Sleeps between calls; others may run on it between steps."""
         self._plain = _Compiled(lowered, Program(lowered.code, self.team))
         self._adapted: _Compiled | None = None

@@ -1,156 +1,257 @@
 """Draft tokens of a step: guesses at what comes next, which the step's own draws verify.
 
-A proposer guesses (ngram.py); how many guesses are worth their time is decided here, from how many
-of a sequence's last ones were right and from what a token costs. No tensors: runners verify.
+A proposer guesses (ngram.py, draft_model.py); how many guesses are worth their time is decided
+here, from how many of a sequence's last ones were right and from what they take. No tensors:
+runners verify.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence as TokenIds
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torchweave_ray.config import SpeculationConfig
 from torchweave_ray.engine.block_manager import BlockManager
-from torchweave_ray.engine.plan import StepOutput, StepPlan
+from torchweave_ray.engine.plan import ScheduledSequence, StepOutput, StepPlan
 from torchweave_ray.engine.sequence import Sequence
+from torchweave_ray.engine.speculation.costs import (
+    Acceptance,
+    Costs,
+    GuessTimes,
+    StepTimes,
+    most_worth,
+)
 from torchweave_ray.engine.step_builder import ScheduledItem, StepBuilder
 
-_FADE = 0.9
-"""What a step's outcome weighs after the next one that had drafts."""
-_FORGET = 0.97
+_FADE, _FADE_OF_ALL = 0.9, 0.99
+"""What a step's outcome weighs after the next one that had drafts: for its sequence, and for the
+first guess at others."""
+_FORGET, _FORGET_OF_ALL = 0.97, 0.999
 """The same after a step whose drafts were not worth it: a text that begins to repeat itself is
 tried again after a while."""
-_STEP_FADE = 0.99
-_LEAST_STEPS, _LEAST_VARIANCE = 4, 0.1
 _PREDICTION_SHARE = 2.0
 """A draft's row is drawn, too, and in a small batch: it costs more than a prompt's token."""
+_LEAST_REST = 64
+"""Tokens that a sequence is taken to have before it: that many, or as many as it has made."""
 
 
-class DraftState:
-    """What is kept of one sequence's drafts; lives as long as the sequence."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Guesses for one sequence."""
 
-    __slots__ = ("accepted", "rejected", "token_ids")
-
-    def __init__(self) -> None:
-        self.accepted = self.rejected = 0.0
-        self.token_ids = array("i")
-        """Prompt and output as far as a proposer has read them."""
-
-    @property
-    def acceptance(self) -> float:
-        """Probability that the next draft is right, one half of it before anything is known."""
-        return (self.accepted + 1.0) / (self.accepted + self.rejected + 2.0)
-
-    def note(self, num_drafts: int, num_accepted: int) -> None:
-        self.accepted = _FADE * self.accepted + num_accepted
-        self.rejected = _FADE * self.rejected + (num_accepted < num_drafts)
-
-    def fade(self) -> None:
-        self.accepted *= _FORGET
-        self.rejected *= _FORGET
+    seq: Sequence
+    entry: ScheduledSequence
+    end: int
+    """They follow seq.token_ids[:end]."""
+    num: int
+    """At most so many; 0: only catch up."""
+    max_lag: int
+    """Tokens that may be computed before the first guess."""
 
 
-class RowCost:
-    """What one more row of a decode step takes, as measured: a line through the last steps.
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A step that a proposer took."""
 
-    Least squares, weighted by age. Rows have to differ for that, so steps without drafts forget
-    what drafts cost, and after some time it is tried again.
-    """
-
-    def __init__(self) -> None:
-        self._sums = [0.0] * 5  # of weights, rows, seconds, rows squared, rows x seconds
-
-    def note(self, num_rows: int, seconds: float) -> None:
-        new = (1.0, num_rows, seconds, num_rows * num_rows, num_rows * seconds)
-        self._sums = [_STEP_FADE * old + value for old, value in zip(self._sums, new, strict=True)]
-
-    def price(self, num_draws: int) -> float | None:
-        """In tokens that a step of `num_draws` rows makes in that time; None: not known."""
-        weight, rows, seconds, squares, products = self._sums
-        variance = squares * weight - rows * rows
-        if weight < _LEAST_STEPS or variance < _LEAST_VARIANCE * weight * weight:
-            return None
-        slope = max(0.0, (products * weight - rows * seconds) / variance)
-        step = seconds / weight + slope * (num_draws - rows / weight)
-        return slope * num_draws / step if step > 0 else None
+    num_rows: int
+    num_tokens: int
+    seconds: float
 
 
 class Proposer(Protocol):
-    def propose(
-        self, state: DraftState, token_ids: TokenIds[int], end: int, most: int
-    ) -> list[int]:
-        """At most `most` tokens that may follow token_ids[:end], prompt and output."""
+    """Guesses for all sequences of a step at once."""
+
+    method: str
+    acceptance: float
+    """How often its guesses are right, before that is measured."""
+    share: float
+    """What a round of guesses takes, of a step on as many rows, before that is measured."""
+
+    def lag(self, seq: Sequence, end: int) -> int:
+        """Tokens of seq.token_ids[:end] that it has to compute before it can guess, beside those
+        that guessing computes anyway."""
         ...
+
+    def propose(self, wanted: Several[Wanted]) -> list[list[int]]: ...
+
+    def release(self, seq_id: int) -> None:
+        """The sequence is over or preempted. The id may come again."""
+        ...
+
+    def take_rounds(self) -> list[Round]:
+        """Since the last call."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    index: int
+    """Of its item in the step."""
+    item: ScheduledItem
+    most: int
+
+    @property
+    def end(self) -> int:
+        return self.item.entry.start + 1
 
 
 class Drafter:
     """Gives the decodes of a step their drafts."""
 
-    def __init__(self, proposer: Proposer, config: SpeculationConfig) -> None:
+    def __init__(
+        self,
+        proposer: Proposer,
+        config: SpeculationConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock`: the engine's."""
         self._proposer = proposer
         self._most = config.max_draft_tokens
-        self._row_cost = RowCost()
+        self._clock = clock
+        self._acceptance = Acceptance()
+        self._step_times = StepTimes()
+        self._guess_times = GuessTimes(proposer.share)
+        self._guessing_s = 0.0
+        """Of the step in the making."""
+        self.method = proposer.method
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
 
     def add_drafts(self, step: StepBuilder, blocks: BlockManager) -> None:
         """Comes last: takes what budget and blocks nobody else of the step wants."""
-        drawing = [i for i, item in enumerate(step.items) if _may_draft(item)]
-        num_draws = sum(item.entry.output is StepOutput.SAMPLE for item in step.items)
-        price = self._row_cost.price(num_draws)
-        for i in drawing:
-            item = step.items[i]
-            if price is None:
-                predicted = step.budget.price(item.entry.start + 1, num_draws)
-                price = _PREDICTION_SHARE * predicted
-            drafts = self._drafts(item, step, price, blocks)
-            if drafts:
-                step.budget.take_chunk(item.entry.start + 1, len(drafts))
-                entry = replace(item.entry, draft_token_ids=tuple(drafts))
-                step.items[i] = replace(item, entry=entry)
+        started_at = self._clock()
+        candidates = [
+            _Candidate(i, item, self._most_of(item))
+            for i, item in enumerate(step.items)
+            if _may_draft(item)
+        ]
+        costs = self._costs(step, candidates)
+        if costs is not None:
+            wanted = self._wanted(step, candidates, costs)
+            if wanted:
+                guesses = self._proposer.propose([each for _, each in wanted])
+                for (index, each), drafts in zip(wanted, guesses, strict=True):
+                    _put(step, index, each, drafts, blocks)
+                self._note_rounds()
+        self._guessing_s = self._clock() - started_at
 
     def note(self, item: ScheduledItem, num_accepted: int) -> None:
         """How many drafts of a submitted step were right."""
         num_drafts = len(item.entry.draft_token_ids)
         if num_drafts:
-            _state(item.seq).note(num_drafts, num_accepted)
+            _state(item.seq).note(num_drafts, num_accepted, _FADE)
+            self._acceptance.note(num_drafts, num_accepted, _FADE_OF_ALL)
             self.num_draft_tokens += num_drafts
             self.num_accepted_tokens += num_accepted
 
     def note_step(self, seconds: float, plan: StepPlan) -> None:
         """One step of the engine took so long, from scheduling to its outputs."""
         if all(entry.num_tokens == 1 for entry in plan.sequences):
-            self._row_cost.note(plan.num_tokens, seconds)
+            self._step_times.note(plan.num_tokens, max(0.0, seconds - self._guessing_s))
 
-    def _drafts(
-        self, item: ScheduledItem, step: StepBuilder, price: float, blocks: BlockManager
-    ) -> list[int]:
-        seq, end = item.seq, item.entry.start + 1
-        state = _state(seq)
+    def release(self, seq_id: int) -> None:
+        self._proposer.release(seq_id)
+
+    def close(self) -> None:
+        self._proposer.close()
+
+    def _costs(self, step: StepBuilder, candidates: Several[_Candidate]) -> Costs | None:
+        """None: nothing can be drafted."""
+        if not candidates:
+            return None
+        num_draws = _num_draws(step)
+        step_s, row_s = self._step_times.step_s(num_draws), self._step_times.row_s
+        if step_s is None and self._guess_times.share > 0:
+            return None  # first see what is to be saved
+        step_s = step_s or step.budget.ms / 1e3 or 1.0
+        if row_s is None:
+            price = _PREDICTION_SHARE * step.budget.price(candidates[0].end, num_draws)
+            row_s = price * step_s / num_draws
+        return Costs(step_s, row_s, self._round_s)
+
+    def _round_s(self, num_rows: int) -> float:
+        return self._guess_times.share * (self._step_times.step_s(num_rows) or 0.0)
+
+    def _wanted(
+        self, step: StepBuilder, candidates: Several[_Candidate], costs: Costs
+    ) -> list[tuple[int, Wanted]]:
+        """With their items' indices."""
+        prior = self._acceptance.rate(self._proposer.acceptance)
+        acceptances = [_state(c.item.seq).rate(prior) for c in candidates]
+        outcome = most_worth(acceptances, [c.most for c in candidates], _num_draws(step), costs)
+        if not any(outcome.num_guesses):
+            self._acceptance.fade(_FORGET_OF_ALL)
+        wanted = []
+        for i, (candidate, num) in enumerate(zip(candidates, outcome.num_guesses, strict=True)):
+            if not num:
+                _state(candidate.item.seq).fade(_FORGET)
+                continue
+            seq, end = candidate.item.seq, candidate.end
+            lag, max_lag = self._proposer.lag(seq, end), 0
+            if lag:
+                saved_s = outcome.seconds * outcome.tokens[i] / sum(outcome.tokens)
+                if not self._pays(seq, lag, saved_s, outcome.tokens[i]):
+                    continue
+                max_lag = step.budget.chunk(end - lag, lag)
+                step.budget.take_chunk(end - lag, max_lag)
+            num = step.budget.chunk(end, num) if max_lag == lag else 0
+            if num or max_lag:
+                wanted.append(
+                    (candidate.index, Wanted(seq, candidate.item.entry, end, num, max_lag))
+                )
+        return wanted
+
+    def _pays(self, seq: Sequence, lag: int, saved_s: float, tokens_a_step: float) -> bool:
+        """Whether what a step saves will make up for catching up first."""
+        rest = min(
+            seq.max_total_tokens - len(seq.token_ids), max(_LEAST_REST, seq.num_output_tokens)
+        )
+        num_steps = rest / (1.0 + tokens_a_step)
+        return saved_s * num_steps > lag * self._guess_times.token_s(
+            self._step_times.step_s(1) or 0
+        )
+
+    def _note_rounds(self) -> None:
+        for each in self._proposer.take_rounds():
+            step_s = self._step_times.step_s(each.num_rows) or 0.0
+            self._guess_times.note(each.num_rows, each.num_tokens, each.seconds, step_s)
+
+    def _most_of(self, item: ScheduledItem) -> int:
         # The draw after the last draft must still be one of the sequence's tokens.
-        most = min(self._most, seq.max_total_tokens - end - 1, self._room(item))
-        most = min(most, step.budget.chunk(end, most)) if most > 0 else 0
-        most = _num_worth(state.acceptance, price, most)
-        if most <= 0:
-            state.fade()
-            return []
-        drafts = self._proposer.propose(state, seq.token_ids, end, most)
-        if not blocks.grow_spare(seq, end + len(drafts)):
-            del drafts[len(seq.block_table) * blocks.block_size - end :]
-        return drafts
-
-    def _room(self, item: ScheduledItem) -> int:
-        """Bans hold for all draws of a step: drafts that outlast min_tokens wait for the next."""
-        if not item.entry.banned_token_ids:
-            return self._most
-        return item.seq.state.request.sampling.min_tokens - item.entry.output_index - 1
+        most = min(self._most, item.seq.max_total_tokens - item.entry.start - 2)
+        if item.entry.banned_token_ids:
+            # Bans hold for all draws of a step: drafts that outlast min_tokens wait for the next.
+            room = item.seq.state.request.sampling.min_tokens - item.entry.output_index - 1
+            most = min(most, room)
+        return max(0, most)
 
 
-def _state(seq: Sequence) -> DraftState:
+def _put(
+    step: StepBuilder, index: int, wanted: Wanted, drafts: list[int], blocks: BlockManager
+) -> None:
+    """Have the step verify what was guessed, as far as there are blocks for it."""
+    seq, end = wanted.seq, wanted.end
+    del drafts[step.budget.chunk(end, len(drafts)) :]
+    if not blocks.grow_spare(seq, end + len(drafts)):
+        del drafts[len(seq.block_table) * blocks.block_size - end :]
+    if drafts:
+        step.budget.take_chunk(end, len(drafts))
+        item = step.items[index]
+        step.items[index] = replace(item, entry=replace(item.entry, draft_token_ids=tuple(drafts)))
+
+
+def _num_draws(step: StepBuilder) -> int:
+    return sum(item.entry.output is StepOutput.SAMPLE for item in step.items)
+
+
+def _state(seq: Sequence) -> Acceptance:
     if seq.drafts is None:
-        seq.drafts = DraftState()
+        seq.drafts = Acceptance()
     return seq.drafts
 
 
@@ -163,13 +264,3 @@ def _may_draft(item: ScheduledItem) -> bool:
         and entry.output_index > 0
         and not seq.state.request.exclusive
     )
-
-
-def _num_worth(acceptance: float, price: float, most: int) -> int:
-    """Drafts that are worth it: the i-th is right with acceptance ** i, and costs `price` tokens
-    that the step would else have made in that time."""
-    num, chance = 0, acceptance
-    while num < most and chance > price:
-        num += 1
-        chance *= acceptance
-    return num

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as TokenIds
 
 from torchweave_ray.config import SpeculationConfig
-from torchweave_ray.engine.speculation.drafter import DraftState
+from torchweave_ray.engine.sequence import Sequence
+from torchweave_ray.engine.speculation.drafter import Round, Wanted
 
 
 class NgramProposer:
@@ -15,22 +17,42 @@ class NgramProposer:
     2023.)
     """
 
+    method = "ngram"
+    acceptance = 0.5
+    share = 0.0
+    """It takes no steps of its own."""
+
     def __init__(self, config: SpeculationConfig) -> None:
         self._sizes = range(config.max_ngram, config.min_ngram - 1, -1)
+        self._known: dict[int, array[int]] = {}
+        """By seq_id, its tokens as far as they were read."""
 
-    def propose(
-        self, state: DraftState, token_ids: TokenIds[int], end: int, most: int
-    ) -> list[int]:
-        known = state.token_ids
-        known.extend(token_ids[len(known) : end])
+    def lag(self, seq: Sequence, end: int) -> int:
+        return 0
+
+    def propose(self, wanted: TokenIds[Wanted]) -> list[list[int]]:
+        return [self._guesses(each) for each in wanted]
+
+    def release(self, seq_id: int) -> None:
+        self._known.pop(seq_id, None)
+
+    def take_rounds(self) -> list[Round]:
+        return []
+
+    def close(self) -> None:
+        self._known.clear()
+
+    def _guesses(self, wanted: Wanted) -> list[int]:
+        known = self._known.setdefault(wanted.seq.seq_id, array("i"))
+        known.extend(wanted.seq.token_ids[len(known) : wanted.end])
         text = known.tobytes()  # bytes are searched at memory speed
         for size in self._sizes:
             if len(known) > size:
                 found = _rfind(text, text[-size * known.itemsize :], known.itemsize)
                 if found >= 0:
-                    following = known[found + size : found + size + most]
+                    following = known[found + size : found + size + wanted.num]
                     # A text that repeats itself goes on doing so.
-                    return [following[i % len(following)] for i in range(most)]
+                    return [following[i % len(following)] for i in range(wanted.num)]
         return []
 
 

@@ -1,0 +1,158 @@
+"""The second model of `speculation.method: draft`: its artifact opened, compared, ready to run.
+
+Its tokens must mean what the served model's mean; weights, layers and dtype are its own. It shares
+the served model's threads and KV memory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tokenizers
+import torch
+
+from torchweave_ray.attention.base import block_bytes
+from torchweave_ray.attention.torch_paged import TorchPagedAttention
+from torchweave_ray.config import EngineConfig
+from torchweave_ray.engine.plan import RuntimeLimits
+from torchweave_ray.engine.speculation.draft_model import DraftModel
+from torchweave_ray.engine.speculation.drafter import Proposer
+from torchweave_ray.engine.speculation.ngram import NgramProposer
+from torchweave_ray.errors import ConfigError
+from torchweave_ray.hf.opening import open_executor
+from torchweave_ray.models.artifact import (
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    Lease,
+    Manifest,
+    hold_artifact,
+    verify_artifact,
+)
+from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.executors import Placement
+from torchweave_ray.models.native_executor import NativeExecutor
+from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.spec import DecoderSpec, Executor
+from torchweave_ray.runner.device import resolve_dtype, resolve_kv_dtype
+from torchweave_ray.runner.kv_cache import KVCache, KVShape
+from torchweave_ray.runner.model_runner import ModelRunner
+from torchweave_ray.runner.native_sampler import NativeSampler
+from torchweave_ray.runner.opening import run_first_step
+from torchweave_ray.runner.sampler import sample
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """A draft model that is ready to run steps."""
+
+    runner: ModelRunner
+    share: float
+    """Of the bytes that a step of the served model reads, those that one of its steps does."""
+    lease: Lease = field(default_factory=Lease)
+
+
+class OpenDraft:
+    """Its weights are there; it has no KV cache yet."""
+
+    def __init__(
+        self,
+        directory: Path,
+        served: Path,
+        config: EngineConfig,
+        placement: Placement,
+        executor: Executor,
+    ) -> None:
+        """`executor`, `placement`: of the model in `served`. Raises ArtifactError for what is no
+        whole artifact, ConfigError where its tokens are others."""
+        if not (directory / MANIFEST).is_file():
+            raise ConfigError(
+                f"speculation.model: {directory} is not an artifact's folder; stage the draft "
+                "model with `torchweave optimize` and give the folder that it made"
+            )
+        self._lease = hold_artifact(directory)
+        manifest, large = verify_artifact(directory), verify_artifact(served, elsewhere=(WEIGHTS,))
+        check_same_tokens(directory, manifest, served, large)
+        model = ModelConfig.from_hf(read_hf_config(directory))
+        self._spec: DecoderSpec = build_spec(model)
+        self._eos_token_ids = model.eos_token_ids
+        self._max_position_embeddings = model.max_position_embeddings
+        self._share = manifest.files[WEIGHTS].size / large.files[WEIGHTS].size
+        dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
+        self._kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, dtype)
+        team = executor.team if isinstance(executor, NativeExecutor) else None
+        self._executor = open_executor(
+            directory,
+            model,
+            manifest,
+            replace(placement, dtype=dtype, team=team),
+            TorchPagedAttention(),
+        )
+
+    def block_bytes(self, block_size: int) -> int:
+        spec = self._spec
+        return block_bytes(
+            spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, self._kv_dtype
+        )
+
+    def start(self, limits: RuntimeLimits, device: torch.device) -> LoadedDraft:
+        """With as many blocks as the served model has by its `limits`: what runs there fits."""
+        spec, executor = self._spec, self._executor
+        own = RuntimeLimits(
+            limits.num_blocks,
+            limits.block_size,
+            min(limits.max_model_len, self._max_position_embeddings),
+            spec.vocab_size,
+            self._eos_token_ids,
+        )
+        shape = KVShape(
+            spec.num_layers, spec.num_kv_heads, own.block_size, spec.head_dim, self._kv_dtype
+        )
+        sampler = NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample
+        cache = KVCache(shape, own.num_blocks, device)
+        runner = ModelRunner(executor, cache, own, device, sampler)
+        run_first_step(runner)
+        return LoadedDraft(runner, self._share, self._lease)
+
+
+def check_same_tokens(
+    directory: Path, manifest: Manifest, served: Path, served_manifest: Manifest
+) -> None:
+    """Raises ConfigError unless both tokenizers give every id the same meaning."""
+    if manifest.files[TOKENIZER].sha256 == served_manifest.files[TOKENIZER].sha256:
+        return
+    tokens, served_tokens = (_tokens(folder) for folder in (directory, served))
+    if tokens == served_tokens:
+        return
+    ids = [i for i in {**tokens, **served_tokens} if tokens.get(i) != served_tokens.get(i)]
+    first = min(ids)
+    raise ConfigError(
+        f"speculation.model: {directory.name} has another tokenizer than {served.name}: "
+        f"{len(tokens)} tokens, not {len(served_tokens)}; id {first} is "
+        f"{_shown(tokens.get(first))} there and {_shown(served_tokens.get(first))} here. A draft "
+        "model must come from the same family"
+    )
+
+
+def _tokens(directory: Path) -> dict[int, str]:
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
+    return {i: text for text, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+
+
+def _shown(token: str | None) -> str:
+    return "nothing" if token is None else json.dumps(token, ensure_ascii=False)
+
+
+def proposer_of(
+    config: EngineConfig, draft: LoadedDraft | None, vocab_size: int
+) -> Proposer | None:
+    """Who guesses for a new engine of a model with this vocabulary; None: nobody."""
+    if config.speculation.method == "ngram":
+        return NgramProposer(config.speculation)
+    if config.speculation.method == "draft":
+        assert draft is not None, "the model was loaded with another configuration"
+        draft.runner.reset()  # a new engine counts sequences from the start
+        return DraftModel(draft.runner, config.cache, vocab_size, draft.share)
+    return None
