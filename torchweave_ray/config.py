@@ -71,6 +71,8 @@ class SchedulerConfig:
     """A waiting prompt counts as so many tokens shorter for every step it has waited."""
     max_waiting_tokens: int = 262_144
     """Prompt tokens that may wait; beyond it a request is refused with 429."""
+    max_waiting_seqs: int = 4096
+    """Sequences that may wait; beyond it alike."""
     schedule_tick_ms: float = 0.0
     """Longest wait of an idle scheduler for more arrivals before it starts a step."""
 
@@ -78,6 +80,7 @@ class SchedulerConfig:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("ageing_tokens_per_step", self.ageing_tokens_per_step, 1)
         _at_least("max_waiting_tokens", self.max_waiting_tokens, 1)
+        _at_least("max_waiting_seqs", self.max_waiting_seqs, 1)
         _at_least("schedule_tick_ms", self.schedule_tick_ms, 0)
         if self.max_num_batched_tokens is not None:
             _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
@@ -92,7 +95,13 @@ class SchedulerConfig:
         return self.max_num_batched_tokens or max(512, self.max_num_seqs)
 
 
-TUNABLE_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_step_ms", "max_waiting_tokens")
+TUNABLE_LIMITS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_step_ms",
+    "max_waiting_tokens",
+    "max_waiting_seqs",
+)
 """Keys of a SchedulerConfig that may change while the engine runs, within what it began with."""
 
 

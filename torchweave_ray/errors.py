@@ -7,7 +7,9 @@
     │   ├── Forbidden           403
     │   ├── ModelNotFound       404
     │   ├── RequestNotFound     404, of a request that is to be stopped
+    │   ├── RequestTimeout      408, of a body that does not come
     │   ├── RequestTooLarge     413
+    │   ├── HeadersTooLarge     431
     │   ├── Overloaded          429, ``retry_after`` seconds
     │   │   └── RateLimited     429, of one caller
     │   ├── Unavailable         503, ``retry_after`` seconds
@@ -92,6 +94,16 @@ def model_not_found(name: str, served: Iterable[str]) -> ModelNotFound:
 
 class RequestNotFound(RequestError):
     status = 404
+    type = "invalid_request_error"
+
+
+class RequestTimeout(RequestError):
+    status = 408
+    type = "invalid_request_error"
+
+
+class HeadersTooLarge(RequestError):
+    status = 431
     type = "invalid_request_error"
 
 

@@ -282,3 +282,17 @@ def test_requests_that_come_together_are_bounded_together() -> None:
             assert await engine.drain(5), "a refused request holds nobody up"
 
     check(body)
+
+
+def test_the_queue_is_bounded_in_sequences_too() -> None:
+    engine, _ = make_engine(max_num_seqs=1, max_waiting_seqs=3)
+    for number in range(3):
+        engine.add(make_request(f"r{number}", 10), is_bounded=True)
+    with pytest.raises(Overloaded, match="3 sequences are waiting, and the limit is 3") as refused:
+        engine.add(make_request("r3", 10), is_bounded=True)
+    assert refused.value.code == "queue_full"
+    other = make_request("other", 10, tenant="b")
+    engine.add(other, is_bounded=True)  # within its share, though the queue is another one's
+    engine.step()
+    engine.step()
+    assert engine.stats().num_waiting < 4

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from torchweave_ray.api import playground
 from torchweave_ray.api.access.access import access_of
 from torchweave_ray.api.access.guard import guarding
+from torchweave_ray.api.access.limits import BoundedApp
 from torchweave_ray.api.access.quota import Accounts
 from torchweave_ray.api.endpoint import Endpoint, RequestIds
 from torchweave_ray.api.errors import on_http_exception, on_request_error
@@ -52,6 +53,7 @@ def create_app(
         middleware=[
             Middleware(RequestIds),
             Middleware(CountedApp, metrics=service.metrics),
+            Middleware(BoundedApp, settings=settings),
             *guarding(access, settings),
         ],
         exception_handlers={
@@ -67,5 +69,5 @@ def create_app(
 def _route(row: Row, settings: ApiSettings) -> Route:
     operation, handler = row
     if operation.method == "POST":
-        handler = Endpoint(operation.path, handler, settings.max_body_bytes)
+        handler = Endpoint(operation.path, handler, settings)
     return Route(operation.path, handler, methods=[operation.method])

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from torchweave_ray.api.access.limits import check_depth, read_body
 from torchweave_ray.api.errors import INTERNAL_ERROR, error_response
+from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.deadline import Deadline, Late
 from torchweave_ray.errors import (
     DeadlineExceeded,
     InvalidRequest,
     RequestError,
-    RequestTooLarge,
 )
 
 if TYPE_CHECKING:
@@ -119,15 +120,15 @@ Handler = Callable[[Call], Awaitable[ASGIApp]]
 class Endpoint:
     """Runs a handler, then the answer that it gives, for as long as the client stays."""
 
-    def __init__(self, path: str, handler: Handler, max_body_bytes: int) -> None:
+    def __init__(self, path: str, handler: Handler, settings: ApiSettings) -> None:
         self._path = path
         self._handler = handler
-        self._max_body_bytes = max_body_bytes
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.monotonic()
         deadline_ms = _announced_deadline_ms(scope)
-        raw = await _read_body(scope, receive, self._max_body_bytes)
+        raw = await read_body(scope, receive, self._settings)
         # The stack unwinds last: a client that leaves must not disturb the closing.
         async with AsyncExitStack() as stack:
             call = self.call(raw, stack, started_at, scope)
@@ -136,7 +137,9 @@ class Endpoint:
             await self.run(call, scope, receive, send)
 
     def call(self, raw: bytes, stack: AsyncExitStack, started_at: float, scope: Scope) -> Call:
-        return Call(self._path, raw, stack, started_at, scope)
+        call = Call(self._path, raw, stack, started_at, scope)
+        check_depth(call.body, raw, self._settings.max_json_depth)
+        return call
 
     async def run(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         async with _WhileConnected(receive):
@@ -243,29 +246,6 @@ def _announced_deadline_ms(scope: Scope) -> int | None:
             _DEADLINE_HEADER,
         )
     return value
-
-
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Raises RequestTooLarge before reading when the length is announced."""
-    announced = Headers(scope=scope).get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_large(limit)
-    chunks, num_bytes = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b""
-        chunk: bytes = message.get("body", b"")
-        num_bytes += len(chunk)
-        if num_bytes > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _too_large(limit: int) -> RequestTooLarge:
-    return RequestTooLarge(f"the request body is over {limit} bytes", None, "body_too_large")
 
 
 def _parse_object(raw: bytes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchweave_ray.api.access.access import Access
 from torchweave_ray.api.access.caller import CALLER
+from torchweave_ray.api.access.limits import check_call, check_grammar
 from torchweave_ray.api.access.usage import Usage
 from torchweave_ray.api.grammar import Wanted
 from torchweave_ray.api.grammar_checks import GrammarChecks
@@ -103,6 +104,8 @@ class Service:
         self, model: Model, wanted: Wanted | None, requests: Sequence[GenerateRequest]
     ) -> list[GenerateRequest]:
         """The requests with the grammar that is wanted, if any; InvalidRequest names its field."""
+        if wanted is not None:
+            check_grammar(self.settings, wanted.spec.text, wanted.param)
         return await self.grammars.constrain(model.info, model.tokenizer, wanted, requests)
 
     def sampling(
@@ -136,6 +139,7 @@ class Service:
         exclusive: bool = False,
         seeded: bool = True,
         prompt_param: str = "prompt",
+        max_choices: int | None = None,
     ) -> list[GenerateRequest]:
         """One for each prompt; raises InvalidRequest naming what does not fit the model.
 
@@ -144,6 +148,7 @@ class Service:
         """
         info = model.info
         sampling.validate(info.vocab_size)
+        check_call(self.settings, prompts, n, sampling, prompt_param, max_choices)
         if sampling.seed + n - 1 > MAX_SEED:
             raise InvalidRequest(f"seed + n must be at most {MAX_SEED}", "seed")
         is_scored = sampling.prompt_logprobs is not None

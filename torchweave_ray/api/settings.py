@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from torchweave_ray.errors import ConfigError
+from torchweave_ray.sampling_params import MAX_STOP_STRINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,23 @@ class ApiSettings:
     """None: every request draws its own."""
     max_body_bytes: int = 4 << 20
     """A longer request body is refused with 413."""
+    body_timeout_s: float = 60.0
+    """A body that is not here by then is refused with 408."""
+    write_timeout_s: float = 120.0
+    """A client that has taken nothing for so long, while there is something for it, is let go."""
+    max_header_bytes: int = 32 << 10
+    """Of path and headers together; more is refused with 431."""
+    max_json_depth: int = 64
+    """Levels of a body, and so of a schema in it."""
+    max_prompt_tokens: int | None = None
+    """None: what the context holds."""
+    max_choices: int = 128
+    """Prompts of a call times `n`."""
+    max_stop_strings: int = 16
+    max_logit_bias: int = 1024
+    """Entries of logit_bias, and of stop_token_ids."""
+    max_grammar_chars: int = 64 << 10
+    """Of a schema, regex or grammar, as text."""
     ping_interval_s: float = 15.0
     """A stream that has been silent for so long sends a comment, so that proxies keep it."""
     stream_keep_s: float = 60.0
@@ -37,3 +57,22 @@ class ApiSettings:
     """A folder for JSON lines that say what each call came to; None: no such log."""
     usage_log_max_bytes: int = 64 << 20
     """A file of it that has so many is followed by another. None is ever deleted."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_limit = field.name.startswith("max_") or field.name.endswith("_timeout_s")
+            if is_limit and value is not None and value <= 0:
+                raise ConfigError(f"api.{field.name} must be above 0, got {value:g}")
+            most = _MOST.get(field.name)
+            if most is not None and value > most:
+                raise ConfigError(f"api.{field.name} must be at most {most}, got {value}")
+
+
+_MOST = {
+    "max_choices": 128,
+    "max_stop_strings": MAX_STOP_STRINGS,
+    "max_grammar_chars": 64 << 10,
+    "max_json_depth": 200,
+}
+"""What the code can take."""

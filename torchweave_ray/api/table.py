@@ -41,7 +41,7 @@ def paths(service: Service, check_health: CheckHealth) -> list[Row]:
         for operation, handler in _generating(service)
     ]
     endpoints = {
-        operation.path: Endpoint(operation.path, handler, service.settings.max_body_bytes)
+        operation.path: Endpoint(operation.path, handler, service.settings)
         for operation, handler in generating
         if operation.streams
     }

@@ -100,6 +100,7 @@ class Admission:
         shuts himself out. The cache is asked only when it could matter.
         """
         scheduler = self._scheduler
+        self._check_length(state)
         limit = scheduler.config.max_waiting_tokens
         probe = Sequence(-1, state, 0, 0, scheduler.num_steps)
         known_hits = scheduler.waiting.num_remaining_tokens - scheduler.waiting.num_tokens
@@ -116,6 +117,22 @@ class Admission:
                 "queue_full",
                 self._seconds_for(min(backlog, backlog + wanted - limit)),
             )
+
+    def _check_length(self, state: RequestState) -> None:
+        """The same for the number of sequences that wait."""
+        scheduler, request = self._scheduler, state.request
+        num_waiting, limit = scheduler.num_waiting, scheduler.config.max_waiting_seqs
+        if num_waiting < limit or request.output_token_ids:
+            return
+        share = scheduler.shares.share(request.tenant, request.weight)
+        if share < 1.0 and len(scheduler.waiting.of(request.tenant)) < share * limit:
+            return
+        raise Overloaded(
+            f"{num_waiting} sequences are waiting, and the limit is {limit}",
+            None,
+            "queue_full",
+            self._seconds_for(scheduler.num_waiting_tokens // num_waiting),
+        )
 
     def _is_within_share(self, probe: Sequence, limit: int) -> bool:
         scheduler, request = self._scheduler, probe.state.request

@@ -90,7 +90,12 @@ class EmbeddingsApi:
         ]
         sampling = self._service.sampling(call.id, {}, None)
         requests = self._service.requests(
-            model, f"embd-{call.id}", ids, sampling, prompt_param="input"
+            model,
+            f"embd-{call.id}",
+            ids,
+            sampling,
+            prompt_param="input",
+            max_choices=MAX_INPUTS,
         )
         pooling = Pooling(body.pooling or "last")
         return [replace(r, output_kind=OutputKind.POOLED, pooling=pooling) for r in requests]
