@@ -30,7 +30,7 @@ from deployments.calls import (
     as_value,
 )
 from deployments.cpu_policy import compute_at_once
-from deployments.log import log_start, log_through_serve
+from deployments.log import log_start, log_through_serve, says_why_it_fails
 from deployments.observe.metrics import mirrored
 from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 class ModelReplica:
     # Serve awaits it, inside the loop that the engine and the bus then live on.
+    @says_why_it_fails
     async def __init__(  # type: ignore[misc]
         self, config: ReplicaConfig, weights: DeploymentHandle | None = None
     ) -> None:

@@ -79,6 +79,14 @@ def deployment_message(app: str, deployment: str) -> str:
     return found.message if found else ""
 
 
+def logged(app: str, deployment: str, text: str) -> list[dict[str, Any]]:
+    """Lines with `text` in the log files of a deployment's replicas, as the dashboard has them."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    files = logs.glob(f"replica_{app}_{deployment.replace(':', '_')}_*.log")
+    lines = [line for log in files for line in log.read_text().splitlines() if text in line]
+    return [json.loads(line) for line in lines]
+
+
 def replica_pids(deployment: str, app: str = "torchweave") -> list[int]:
     """Processes of a deployment."""
     return pids_of(f"ray::ServeReplica:{app}:{deployment}")

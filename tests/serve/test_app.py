@@ -120,6 +120,7 @@ def test_tokens_really_go_by_the_bus(served: Served) -> None:
     assert "[Request] id=" in by_bus.read_text()
     entries = [json.loads(line) for line in by_bus.read_text().splitlines()]
     assert all({"asctime", "deployment", "replica", "message"} <= entry.keys() for entry in entries)
+    assert all(e["request_id"] for e in entries if e["message"].startswith("[Request]"))
 
 
 def test_the_environment_reaches_the_builder(served: Served) -> None:
@@ -258,13 +259,8 @@ def test_user_config_changes_in_place(served: Served) -> None:
     for each in streams:
         each.hang_up()
     deploy(served.config(user_config={"max_num_seq": 3}), served.handle_config())
-    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
-    wait_until(
-        lambda: any(
-            "limits stay as they were" in log.read_text() and "'max_num_seqs'" in log.read_text()
-            for log in logs.glob("*torchweave_ModelReplica*.log")
-        )
-    )
+    lines = wait_until(lambda: cluster.logged("torchweave", TINY, "limits stay as they were"))
+    assert "'max_num_seqs'" in lines[0]["message"]
     assert sorted(cluster.replica_pids(TINY)) == before, "a typo must not end what runs well"
     streams = [served.bus.stream(PROMPT, **LONG) for _ in range(4)]
     assert max(s.num_running for s in stats()) == 1, "the old limits stay"
@@ -283,6 +279,10 @@ def test_a_tampered_artifact_is_named(served: Served, tmp_path: Path) -> None:
     bad = config(args, name="bad", route_prefix="/bad")
     deploy(served.config(), served.handle_config(), bad)
     wait_until(lambda: f"{WEIGHTS} was altered" in cluster.deployment_message("bad", TINY))
+    assert "/optimizer/" not in cluster.deployment_message("bad", TINY), "the way to it is no help"
+    (line, *_) = wait_until(lambda: cluster.logged("bad", TINY, "[Start] failed"))
+    assert line["levelname"] == "ERROR"
+    assert f"{WEIGHTS} was altered" in line["message"]
     client = Client(served.bus.port, "/bad")
     answer = wait_until(lambda: _if_unavailable(client))
     assert f"{WEIGHTS} was altered" in answer["reason"]
