@@ -29,6 +29,7 @@ KINDS = {
     503: "unavailable",
     504: "deadline",
 }
+USUAL = ("200", "400", "429", "503")
 UNCOUNTED = ("/metrics", "/health", "/readyz", "/livez")
 """Probes would hide what clients ask."""
 
@@ -41,8 +42,13 @@ class HttpMetrics(MetricSet):
         self.histogram("http_first_byte_seconds", "Request to the answer's first byte", SECONDS)
         for kind in KINDS.values():
             self.errors.labels(kind)
+        self._seen: set[str] = set()
 
     def note(self, path: str, status: int, seconds: float) -> None:
+        if path not in self._seen:
+            self._seen.add(path)
+            for usual in USUAL:  # a rate needs the 0 that it grew from: a burst of 429 is seen
+                self.answers.labels(path, usual)
         self.answers.labels(path, str(status)).inc()
         self.observe("http_first_byte_seconds", seconds)
         if status >= 400:
