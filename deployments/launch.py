@@ -217,7 +217,8 @@ class Launch:
         body = '{"prompt": "Gravity is", "max_new_tokens": 64}'
         self._say(
             f"[Serve] ready: {self._url} (start-up {total:.1f} s: {_listed(self._seconds)})\n"
-            f"[Serve] try: {self._url}/ in a browser, or: curl -N {self._url}/v1/generate -d '{body}'"
+            f"[Serve] try: {self._url}/ in a browser, or\n"
+            f"curl -N {self._url}/v1/generate -d '{body}'"
         )
 
     def _startup_of_models(self) -> Iterator[tuple[str, dict[str, float]]]:
