@@ -2,7 +2,8 @@
 
 python scripts/metrics/cost.py ARTIFACT [--save]
 
-"On" is what a replica does: the meter in every step, and Ray's copy of it once a second.
+"On" is what a replica does: the meter in every step, and Ray's copy of it once a second. The time
+in it is told apart from the throughput that it takes, which other work on the machine blurs.
 """
 
 from __future__ import annotations
@@ -70,11 +71,13 @@ def measure(llm: Any, number: int) -> dict[str, Any]:
             continue
         busy_s += took if name == "on" else 0.0
         speeds[name].append(number * NUM_TOKENS / took)
-    medians = {name: statistics.median(each) for name, each in speeds.items()}
+    pairs = zip(speeds["on"], speeds["off"], strict=True)
+    lost = sorted(100 * (1 - with_it / without) for with_it, without in pairs)
     return {
         "concurrency": number,
-        "tokens_per_s": medians,
-        "lost_percent": 100 * (1 - medians["on"] / medians["off"]),
+        "tokens_per_s": {name: statistics.median(each) for name, each in speeds.items()},
+        "lost_percent": statistics.median(lost),
+        "lost_percent_of_each_pair": lost,
         "time_in_metrics_percent": 100 * on.seconds / busy_s,
     }
 

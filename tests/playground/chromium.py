@@ -30,7 +30,7 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-port=0",
 )
-START_WITHIN_S = 30.0
+START_WITHIN_S = 90.0
 KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37}
 
 
