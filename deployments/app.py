@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from deployments.access.ledger import Ledger
 from deployments.args import AppArgs, ModelArgs
 from deployments.autoscaling import SlotsKvBacklog
 from deployments.environment import apply_environment
@@ -64,15 +65,19 @@ def build(args: AppArgs) -> Application:
         for model in args.models
         if model.autoscaling is not None and model.autoscaling.min_replicas == 0
     )
-    config = IngressConfig(settings, args.ingress.bus, args.longest_stream_s, sleepers)
+    num_ingresses = args.ingress.num_replicas
+    config = IngressConfig(
+        settings, args.ingress.bus, args.longest_stream_s, sleepers, num_ingresses
+    )
     ingress = serve.deployment(Ingress).options(
         name="Ingress",
-        num_replicas=args.ingress.num_replicas,
+        num_replicas=num_ingresses,
         ray_actor_options=_actor_options(args.ingress.num_cpus, 0),
         max_surge_percent=100,  # it is small: a new one can start before the old one stops
         **_options(args.longest_stream_s + INGRESS_MARGIN_S),
     )
-    return ingress.bind(config, replicas)
+    is_shared = num_ingresses > 1 and settings.keys_file is not None
+    return ingress.bind(config, replicas, _ledger() if is_shared else None)
 
 
 def deployment_name(model: str) -> str:
@@ -104,6 +109,18 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
     store, cache = _absolute(args.artifact_dir), _absolute(args.artifact_cache)
     config = ReplicaConfig(model, placement, store, cache, args.staging, args.verify)
     return deployment.bind(config, _weights(config))
+
+
+def _ledger() -> Application:
+    """One, wherever it runs; ingresses manage while Serve replaces it."""
+    ledger = serve.deployment(Ledger).options(
+        name="Ledger",
+        ray_actor_options=_actor_options(0, 0),
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        health_check_period_s=2.0,
+        logging_config=LOGGING,
+    )
+    return ledger.bind()
 
 
 def _weights(config: ReplicaConfig) -> Application | None:

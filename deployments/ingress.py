@@ -23,6 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.access.accounts import accounts_of
 from deployments.access.exposure import warn_if_open
 from deployments.backend.attempts import ModelClient
 from deployments.backend.ray_backend import RayBackend
@@ -55,13 +56,18 @@ class IngressConfig:
     """How long Serve lets a replica that it stops finish its streams."""
     sleepers: tuple[str, ...] = ()
     """Models that autoscaling may leave without a replica."""
+    num_ingresses: int = 1
 
 
 @serve.ingress()
 class Ingress:
     async def __init__(  # type: ignore[misc]  # Serve awaits it, inside its loop
-        self, config: IngressConfig, models: Mapping[str, DeploymentHandle[Any]]
+        self,
+        config: IngressConfig,
+        models: Mapping[str, DeploymentHandle[Any]],
+        ledger: DeploymentHandle[Any] | None = None,
     ) -> None:
+        """`ledger`: of the limits of keys, where several ingresses share them."""
         log_through_serve()
         bus = BusListener() if config.bus else None
         if bus is not None:
@@ -84,6 +90,7 @@ class Ingress:
             config.api,
             self._check_health,
             self._backend.recall,
+            None if ledger is None else accounts_of(ledger, config.num_ingresses),
         )
         self._app.user_middleware.insert(0, Middleware(SaidByServe))  # the outermost
         self._app.user_middleware.append(Middleware(GatedApp, gate=self._gate))  # the innermost
