@@ -161,7 +161,7 @@ def test_options_named_in_blocks_exist() -> None:
         ):
             line = line.replace("python scripts/bench.py", "torchweave bench serving")
             words = line.split()[1:]
-            path = words[: 2 if words[0] in ("artifact", "bench") else 1]
+            path = words[: 2 if words[0] in ("artifact", "bench", "keys") else 1]
             command = [sys.executable, "-m", "torchweave_ray.cli", *path, "--help"]
             known = subprocess.run(
                 command, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""}

@@ -48,7 +48,7 @@ LIMITS = [
         {"messages": MESSAGES, "response_format": format_of(nested(6))},
         {"messages": MESSAGES, "response_format": format_of(nested(8))},
         400,
-        None,
+        "response_format",
     ),
     (
         "max_prompt_tokens",

@@ -118,17 +118,19 @@ def check_depth(body: Any, raw: bytes, most: int) -> None:
     """Raises InvalidRequest for JSON that is nested too deep, such as a schema."""
     if raw.count(b"{") + raw.count(b"[") <= most:
         return
-    depth, level = 0, [body]
+    depth, level = 0, [("", body)]
     while level:
         depth += 1
         if depth > most:
+            field = level[0][0] or None
+            where = "the body" if field is None else field
             raise InvalidRequest(
-                f"the body is nested too deep: at most {most} levels", None, "invalid_json"
+                f"{where} is nested too deep: at most {most} levels of the body", field, "invalid_json"
             )
         level = [
-            inner
-            for each in level
-            for inner in (each.values() if isinstance(each, dict) else each)
+            (field or str(key), inner)
+            for field, each in level
+            for key, inner in (each.items() if isinstance(each, dict) else enumerate(each))
             if isinstance(inner, dict | list)
         ]
 
