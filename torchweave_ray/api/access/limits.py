@@ -125,7 +125,9 @@ def check_depth(body: Any, raw: bytes, most: int) -> None:
             field = level[0][0] or None
             where = "the body" if field is None else field
             raise InvalidRequest(
-                f"{where} is nested too deep: at most {most} levels of the body", field, "invalid_json"
+                f"{where} is nested too deep: at most {most} levels of the body",
+                field,
+                "invalid_json",
             )
         level = [
             (field or str(key), inner)
