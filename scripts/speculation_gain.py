@@ -1,6 +1,7 @@
 """What speculation gains and costs: the same work with and without it, in turns, texts compared.
 
-Backs the figures of docs/performance.md. All options are of `speculation_gain.py --help`.
+Backs the figures of docs/performance.md. All works take some 4 minutes, those of one concurrency
+half of that; every option is in `speculation_gain.py --help`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,15 +21,15 @@ import torchweave_ray.engine.budget as code_of_budget
 from optimizer.measuring import quality
 from torchweave_ray.bench.load.prompts import PromptSource
 from torchweave_ray.bench.origin import save_results
-from torchweave_ray.build import LoadedModel, build_engine, load_model
+from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.cli.artifact import artifact_of
-from torchweave_ray.config import EngineConfig, SpeculationConfig
-from torchweave_ray.engine.engine import Engine
+from torchweave_ray.config import CacheConfig, EngineConfig, SpeculationConfig
 from torchweave_ray.outputs import GenerateRequest, Stats
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = Path(inspect.getfile(quality)).with_name("prose.txt")
+KV_BYTES = 256 << 20
 STORIES = ("a lighthouse", "two rivers", "the first winter", "an old bicycle", "a lost letter")
 
 
@@ -42,12 +44,15 @@ class Work:
 class Gain:
     work: str
     concurrency: int
+    method: str
     tok_s_without: float
     tok_s_with: float
     ratio: float
-    """Median of the rounds' ratios: with over without."""
+    """Median of the turns' ratios: tokens a second with it over those without."""
     ratios: list[float]
     tokens_a_step: float
+    """Of a sequence: 1 without it."""
+    num_drafts: int
     accepted: float
     """Share of the drafts that were right."""
     texts_differ: int
@@ -72,85 +77,136 @@ def works(tokenizer: Tokenizer) -> list[Work]:
     summaries = [chat(f"{page}\n\nSummarise the text above in its own words.") for page in pages]
     stories = [chat(f"Tell me a story about {what}.") for what in STORIES]
     random_words = PromptSource(100, 11)
-    crowd = [tuple(tokenizer.encode(str(random_words.next_prompt()))) for _ in range(32)]
+    crowd = [tuple(tokenizer.encode(str(random_words.next_prompt()))) for _ in range(16)]
     return [
         Work("code editing", 1, edits),
         Work("summarising", 1, summaries),
         Work("open text", 1, stories),
         Work("random words", 1, crowd[:4]),
         Work(
-            "open text", 16, [chat(f"{i}. Tell me about {s}.") for i in range(7) for s in STORIES]
+            "open text",
+            16,
+            [chat(f"Tell me about {s}, {n}.") for s in STORIES for n in "abcd"][:16],
         ),
-        Work("random words", 16, crowd),
+        Work("random words", 16, crowd[:16]),
     ]
 
 
-def run(engine: Engine, work: Work, output_len: int) -> tuple[list[tuple[int, ...]], float]:
-    """The tokens of each prompt, and the seconds they took."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
-    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(work.prompts))}
-    waiting = [
-        GenerateRequest(str(i), "", prompt, sampling) for i, prompt in enumerate(work.prompts)
-    ][::-1]
-    num_running = 0
-    started = time.perf_counter()
-    while waiting or num_running:
-        while waiting and num_running < work.concurrency:
-            engine.add(waiting.pop())
-            num_running += 1
-        for output in engine.step():
-            for delta in output.deltas:
-                tokens[output.request_id] += delta.token_ids
-            num_running -= output.is_last
-    return [tuple(ids) for ids in tokens.values()], time.perf_counter() - started
+class Contender:
+    """An engine of its own that lives through all turns, as a server's would. It has no prefix
+    cache: every turn does the same work."""
+
+    def __init__(self, artifact: Path, speculation: SpeculationConfig) -> None:
+        cache = CacheConfig(kv_memory=KV_BYTES, enable_prefix_caching=False)
+        config = EngineConfig(cache=cache, speculation=speculation)
+        self._tokenizer = load_tokenizer(artifact)
+        self._engine = build_engine(load_model(artifact, config), config, self._tokenizer)
+        self._number = 0
+        self.seconds: list[float] = []
+        self.texts: list[tuple[int, ...]] = []
+        """Of the last turn."""
+        self._before = self.stats
+
+    @property
+    def stats(self) -> Stats:
+        return self._engine.stats()
+
+    def begin(self) -> None:
+        """Another kind of work: what was measured before is forgotten."""
+        self.seconds, self._before = [], self.stats
+
+    def grown(self, name: str) -> int:
+        """A counter, since `begin`."""
+        return int(getattr(self.stats, name) - getattr(self._before, name))
+
+    def turn(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> None:
+        """All of these at once."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+        tokens: dict[str, list[int]] = {}
+        for prompt in prompts:
+            self._number += 1
+            tokens[str(self._number)] = []
+            self._engine.add(GenerateRequest(str(self._number), "", prompt, sampling))
+        started = time.perf_counter()
+        while self._engine.has_work:
+            for output in self._engine.step():
+                for delta in output.deltas:
+                    tokens[output.request_id] += delta.token_ids
+        self.seconds.append(time.perf_counter() - started)
+        self.texts = [tuple(ids) for ids in tokens.values()]
 
 
 def measure(
-    loaded: LoadedModel, tokenizer: Tokenizer, work: Work, rounds: int, output_len: int
-) -> Gain:
-    config = EngineConfig(speculation=SpeculationConfig(method="ngram"))
-    without = replace(config, speculation=SpeculationConfig(method="none"))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    texts: dict[bool, list[tuple[int, ...]]] = {}
-    stats: dict[bool, Stats] = {}
-    for number in range(rounds + 1):  # the first is not counted
-        for speculates in (number % 2 == 0, number % 2 == 1):
-            loaded.runner.reset()
-            engine = build_engine(loaded, config if speculates else without, tokenizer)
-            texts[speculates], took = run(engine, work, output_len)
-            stats[speculates] = engine.stats()
-            seconds[speculates].append(took)
-    num_tokens = sum(map(len, texts[True]))
-    ratios = [b / a for a, b in zip(seconds[True][1:], seconds[False][1:], strict=True)]
-    drafts = stats[True].num_draft_tokens
-    return Gain(
-        work.name,
-        work.concurrency,
-        round(num_tokens / statistics.median(seconds[False][1:]), 1),
-        round(num_tokens / statistics.median(seconds[True][1:]), 1),
-        round(statistics.median(ratios), 3),
-        [round(ratio, 3) for ratio in ratios],
-        round(num_tokens / max(1, stats[True].num_steps), 2),
-        round(stats[True].num_accepted_tokens / max(1, drafts), 3),
-        sum(a != b for a, b in zip(texts[True], texts[False], strict=True)),
-    )
+    contenders: dict[str, Contender], work: Work, rounds: int, output_len: int
+) -> Iterator[Gain]:
+    """Everybody does the first prompts, then the next ones; who begins takes turns, too."""
+    size, differ = work.concurrency, dict.fromkeys(contenders, 0)
+    batches = [work.prompts[i : i + size] for i in range(0, len(work.prompts), size)]
+    order = list(contenders)
+    for number in range(rounds + 1):
+        if number == 1:  # the first round is not counted
+            for each in contenders.values():
+                each.begin()
+        for batch in batches:
+            for name in order:
+                contenders[name].turn(batch, output_len)
+            order = [*order[1:], order[0]]
+            for name, each in contenders.items():
+                differ[name] += each.texts != contenders["none"].texts
+    plain = contenders["none"].seconds
+    num_tokens = rounds * len(work.prompts) * output_len
+    for name, each in contenders.items():
+        if name == "none":
+            continue
+        ratios = [a / b for a, b in zip(plain, each.seconds, strict=True)]
+        drafts = each.grown("num_draft_tokens")
+        yield Gain(
+            work=work.name,
+            concurrency=size,
+            method=name,
+            tok_s_without=round(num_tokens / sum(plain), 1),
+            tok_s_with=round(num_tokens / sum(each.seconds), 1),
+            ratio=round(statistics.median(ratios), 3),
+            ratios=[round(ratio, 3) for ratio in ratios],
+            tokens_a_step=round(num_tokens / size / each.grown("num_steps"), 2),
+            num_drafts=drafts,
+            accepted=round(each.grown("num_accepted_tokens") / max(1, drafts), 3),
+            texts_differ=differ[name],
+        )
 
 
 def main(
     model: str | None = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    draft: Annotated[
+        str | None, typer.Option(help="A draft model, to measure that method, too.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Only these works.")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     output_len: Annotated[int, typer.Option(min=1)] = 128,
     save: bool = False,
 ) -> None:
     artifact = artifact_of(model)
-    tokenizer = load_tokenizer(artifact)
-    loaded = load_model(artifact, EngineConfig())
+    methods = {
+        "none": SpeculationConfig(method="none"),
+        "ngram": SpeculationConfig(method="ngram"),
+    }
+    small = None if draft is None else artifact_of(draft)
+    if small is not None:
+        methods["draft"] = SpeculationConfig(method="draft", model=str(small))
+    contenders = {name: Contender(artifact, method) for name, method in methods.items()}
     gains = []
-    for work in works(tokenizer):
-        gains.append(asdict(measure(loaded, tokenizer, work, rounds, output_len)))
-        print(gains[-1], flush=True)
+    for work in works(load_tokenizer(artifact)):
+        if concurrency in (None, work.concurrency):
+            for gain in measure(contenders, work, rounds, output_len):
+                gains.append(asdict(gain))
+                print(gains[-1], flush=True)
     if save:
-        config = {"artifact": artifact.name, "rounds": rounds, "output_len": output_len}
+        config = {
+            "artifact": artifact.name,
+            "draft": None if small is None else small.name,
+            "rounds": rounds,
+            "output_len": output_len,
+        }
         print(save_results(Path("benchmarks/results"), "speculation", config, gains))
 
 
