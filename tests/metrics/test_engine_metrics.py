@@ -97,6 +97,15 @@ def test_processes_keep_their_own_series() -> None:
     assert text.count("torchweave_startup_seconds{") == 2
 
 
+def test_guesses_are_counted_by_method() -> None:
+    stats = Stats(num_draft_tokens=9, num_accepted_tokens=7)
+    text = exposition([EngineMetrics("m", 8, lambda: stats, "draft").report()]).decode()
+    found = samples_of(text, "method")
+    assert found["torchweave_draft_tokens_total", "draft"] == 9
+    assert found["torchweave_accepted_draft_tokens_total", "draft"] == 7
+    assert found["vllm_spec_decode_num_draft_tokens_total", "draft"] == 9
+
+
 def test_what_was_observed_is_taken_once() -> None:
     metrics = EngineMetrics("m", 8, Stats)
     metrics.note_step(0.01, None)
