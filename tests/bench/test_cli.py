@@ -91,7 +91,7 @@ def test_doctor_tells_notes_from_problems(tmp_path: Path, monkeypatch: pytest.Mo
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = _run("doctor", "--json", "--port", str(port))
+        result = _run("doctor", "--no-measure", "--json", "--port", str(port))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["port"]["status"] == "warn"
@@ -102,15 +102,15 @@ def test_doctor_tells_notes_from_problems(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_broken_artifact_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARTIFACT_MODEL_DIR", str(tmp_path))
     (tmp_path / "manifest.json").write_text("{")
-    assert "problem" in _run("doctor").stdout
-    result = _run("doctor", "--json")
+    assert "problem" in _run("doctor", "--no-measure").stdout
+    result = _run("doctor", "--no-measure", "--json")
     assert result.exit_code == 1
     assert "manifest.json: not a manifest" in json.loads(result.stdout)["artifact"]["detail"]
 
 
 def test_too_little_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "MIN_MEMORY_GIB", 1e6)
-    assert _run("doctor").exit_code == 1
+    assert _run("doctor", "--no-measure").exit_code == 1
 
 
 def test_our_errors_are_one_line(

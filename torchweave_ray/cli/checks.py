@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-from torchweave_ray.bench.origin import describe_machine
+from torchweave_ray.bench.origin import describe_machine, memory_bytes
 from torchweave_ray.errors import TorchWeaveError
 
 MIN_MEMORY_GIB = 2.0
@@ -103,14 +103,9 @@ def _kernels() -> Check:
 
 
 def _artifacts() -> Iterator[Check]:
-    from torchweave_ray.models.artifact import MANIFEST, verify_artifact
+    from torchweave_ray.models.artifact import verify_artifact
 
-    chosen = os.environ.get("ARTIFACT_MODEL_DIR")
-    store = Path(os.environ.get("ARTIFACT_DIR") or "artifacts").expanduser().absolute()
-    if chosen:
-        folders = [Path(chosen).expanduser()]
-    else:
-        folders = sorted(p.parent for p in store.glob(f"*/{MANIFEST}") if not p.parent.is_symlink())
+    folders = artifact_folders()
     for folder in folders:
         try:
             manifest = verify_artifact(folder)
@@ -119,8 +114,29 @@ def _artifacts() -> Iterator[Check]:
         else:
             yield Check("artifact", "ok", f"{folder} ({manifest.architecture}, {manifest.dtype})")
     if not folders:
-        yield Check("artifact", "warn", f"none in {store} yet: `torchweave optimize` makes one")
-    yield _disk(store)
+        yield Check("artifact", "warn", f"none in {_store()} yet: `torchweave optimize` makes one")
+    yield _disk(_store())
+
+
+def artifact_folders() -> list[Path]:
+    """The one that ARTIFACT_MODEL_DIR names, or what the store holds."""
+    from torchweave_ray.models.artifact import MANIFEST
+
+    if chosen := os.environ.get("ARTIFACT_MODEL_DIR"):
+        return [Path(chosen).expanduser()]
+    return sorted(p.parent for p in _store().glob(f"*/{MANIFEST}") if not p.parent.is_symlink())
+
+
+def device_and_memory() -> tuple[str, int]:
+    """What serves, and the bytes that it may use at most."""
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return "cpu", memory_bytes()
+    return "cuda", int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _store() -> Path:
+    return Path(os.environ.get("ARTIFACT_DIR") or "artifacts").expanduser().absolute()
 
 
 def _disk(store: Path) -> Check:

@@ -5,11 +5,18 @@ Needs matplotlib (the extra `bench`). Draws what results files hold and computes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchweave_ray.bench.report.results import Results, Series, load_of, machine_of, series_of
+from torchweave_ray.bench.report.results import (
+    Point,
+    Results,
+    Series,
+    load_of,
+    machine_of,
+    series_of,
+)
 from torchweave_ray.errors import ConfigError
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -71,35 +78,61 @@ def _figures(results: Sequence[Results]) -> Iterator[tuple[str, Any]]:
 def _new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
     from matplotlib import pyplot
 
-    return pyplot.subplots(
+    figure, grid = pyplot.subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
+    line = 0.2 / size[1]  # at the foot, for where it was measured
+    figure.get_layout_engine().set(rect=(0, line, 1, 1 - line))
+    return figure, grid
 
 
 def _throughput(series: Sequence[Series]) -> Any:
-    """Median as a line with the load at each point, p99 as a thin one."""
-    figure, ((ttft, itl),) = _new(1, 2, (10, 4.4))
+    """Median as a line with the load at each point, p99 as a thin one; the share of good requests
+    where there was a service level."""
+    has_level = any("good_share" in p for each in series for p in each.points)
+    figure, (row,) = _new(1, 3 if has_level else 2, (14 if has_level else 10, 4.4))
     for axes, key, title in (
-        (ttft, "ttft_ms", "Time to first token"),
-        (itl, "itl_ms", "Gap between texts (ITL)"),
+        (row[0], "ttft_ms", "Time to first token"),
+        (row[1], "itl_ms", "Gap between texts (ITL)"),
     ):
         for number, each in enumerate(series):
             points = [p for p in each.points if key in p]
-            x = [p["output_tok_s"] for p in points]
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % 6]}
             p50, p99 = ([p[key][q] for p in points] for q in ("p50", "p99"))
-            axes.plot(x, p50, **style, label=each.name)
-            axes.plot(x, p99, **style, lw=0.8, ls=":", ms=3, label=f"{each.name}, p99")
-            for point, at in zip(points, zip(x, p50, strict=True), strict=True):
-                axes.annotate(
-                    load_of(point), at, (0, -12), textcoords="offset points", size=7, ha="center"
-                )
+            x = [p["output_tok_s"] for p in points]
+            axes.plot(x, p50, **_style(number), label=each.name)
+            axes.plot(x, p99, **_style(number, ls=":", lw=0.8, ms=3), label=f"{each.name}, p99")
+            _mark_loads(axes, points, zip(x, p50, strict=True))
         axes.set(title=title, xlabel="output tokens a second", ylabel="ms", yscale="log")
         axes.set_xlim(left=0)
         axes.margins(y=0.15)
         _plain_ticks(axes.yaxis)
-    ttft.legend(loc="upper left", fontsize=8)
+    row[0].legend(loc="upper left", fontsize=8)
+    if has_level:
+        _draw_good(row[2], series)
     return figure
+
+
+def _draw_good(axes: Any, series: Sequence[Series]) -> None:
+    for number, each in enumerate(series):
+        points = [p for p in each.points if "good_share" in p]
+        x, y = ([p[key] for p in points] for key in ("output_tok_s", "good_share"))
+        axes.plot(x, [100 * share for share in y], **_style(number), label=each.name)
+        _mark_loads(axes, points, zip(x, (100 * share for share in y), strict=True))
+    axes.set(
+        title="Kept the service level", xlabel="output tokens a second", ylabel="% of requests"
+    )
+    axes.set_xlim(left=0)
+    axes.set_ylim(-8, 105)
+
+
+def _style(number: int, **more: Any) -> dict[str, Any]:
+    of_it = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+    return of_it | more
+
+
+def _mark_loads(axes: Any, points: Sequence[Point], places: Iterable[tuple[float, float]]) -> None:
+    for point, at in zip(points, places, strict=True):
+        axes.annotate(load_of(point), at, (0, -12), textcoords="offset points", size=7, ha="center")
 
 
 def _ttft(series: Sequence[Series]) -> Any:
@@ -126,22 +159,24 @@ def _batch(series: Sequence[Series]) -> Any:
     if len(shown) > MAX_PANELS:  # the extremes and what lies evenly between
         step = (len(shown) - 1) / (MAX_PANELS - 1)
         shown = [shown[round(i * step)] for i in range(MAX_PANELS)]
-    columns = min(3, len(shown))
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure, grid = _new(rows, columns, (3.6 * columns, 2.6 * rows + 0.4), sharey=True)
+    most = 1.0
     for axes, (name, point) in zip(grid.flat, shown, strict=False):
         occupancy = point["occupancy"][0]
         at, running = occupancy["at_s"], occupancy["running"]
         total = [r + w for r, w in zip(running, occupancy["waiting"], strict=True)]
+        most = max(most, *total)
         axes.fill_between(at, total, running, step="post", color="#e69f00", label="waiting")
         axes.fill_between(at, running, step="post", color="#0072b2", label="running")
         axes.set_title(f"{name}, {load_of(point)}", size=9)
         axes.set_xlabel("s")
-        axes.set_ylim(bottom=0)
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
     for row in grid:
         row[0].set_ylabel("requests")
+    grid[0][0].set_ylim(bottom=0, top=1.1 * most)  # of all: they share it
     grid[0][0].legend(fontsize=8, loc="upper left")
     return figure
 

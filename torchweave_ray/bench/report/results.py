@@ -52,15 +52,17 @@ def results_of(config: dict[str, Any], points: Sequence[Point]) -> Results:
 
 
 def series_of(results: Sequence[Results]) -> list[Series]:
-    """By target; where two files have the same one, the commit tells them apart."""
+    """By target; what two files both have is told apart by clients or arrivals, then by commit."""
     named: dict[str, list[Point]] = {}
     for each in results:
         here: dict[str, list[Point]] = {}
         for point in each.points:
             here.setdefault(point["target"], []).append(point)
         for target, points in here.items():
+            loop = "arrivals" if "rate" in points[0] else "clients"
             commit = each.origin.get("commit", "unknown")
-            name = target if target not in named else f"{target} ({commit})"
+            names = (target, f"{target}, {loop}", f"{target}, {loop}, {commit}")
+            name = next((name for name in names if name not in named), names[-1])
             named.setdefault(name, []).extend(points)
     return [Series(name, tuple(sorted(points, key=_load))) for name, points in named.items()]
 

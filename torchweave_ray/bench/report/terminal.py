@@ -10,7 +10,7 @@ from torchweave_ray.bench.report.results import Results, Series, load_of, series
 from torchweave_ray.errors import ConfigError
 
 HEIGHT = 16
-MARKERS = ("dot", "x", "o", "+", "*", "#")
+MARKERS = "•xo+*#"
 
 
 def terminal_charts(results: Sequence[Results], colour: bool, width: int = 0) -> Iterator[str]:
@@ -28,12 +28,17 @@ def terminal_charts(results: Sequence[Results], colour: bool, width: int = 0) ->
         figure.plot_size(width or min(100, shutil.get_terminal_size().columns), HEIGHT)
         figure.title(title)
         figure.label(x_label, "x")
-        for number, (name, x, y) in enumerate(lines):
-            signal = figure.signal(x, y, marker=MARKERS[number % len(MARKERS)])
-            figure.draw(signal.lines().label(name))
-        text = str(figure.build())
+        for number, (_, x, y) in enumerate(lines):
+            figure.draw(figure.signal(x, y, marker=_mark(number)).lines())
+        # A legend inside would lie on the lines.
+        legend = "   ".join(f"{_mark(number)} {name}" for number, (name, _, _) in enumerate(lines))
+        text = f"{figure.build()}\n{legend}\n"
         figure.clear()
         yield text if colour else plotext.uncolorize(text)
+
+
+def _mark(number: int) -> str:
+    return MARKERS[number % len(MARKERS)]
 
 
 _Line = tuple[str, list[float], list[float]]
