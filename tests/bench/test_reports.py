@@ -54,6 +54,7 @@ def test_a_run_draws_itself(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.slow
 def test_the_same_results_are_the_same_picture(measured: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         _run("bench", "plot", str(measured), "--out", str(tmp_path / name), "--formats", "svg")

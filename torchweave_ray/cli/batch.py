@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchweave_ray.cli.artifact import EngineFile, Model, artifact_of, read_engine_options
+from torchweave_ray.cli.artifact import AsJson, EngineFile, Model, artifact_of, read_engine_options
 
 if TYPE_CHECKING:
     from torchweave_ray.batch.journal import Journal
@@ -40,6 +41,7 @@ def batch(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Forget the results that are there.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer every line of IN.jsonl into OUT.jsonl, in its order.
 
@@ -53,6 +55,8 @@ def batch(
     journal = _journal_of(source, output, overwrite)
     if journal is None:
         print(f"[Batch] {output} is complete already", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"output": str(output), "done": 0}))
         return
     with journal:
         report = _Report(sum(line.key in journal for line in read_lines(source)))
@@ -68,6 +72,8 @@ def batch(
             _here(source, journal, artifact_of(model), options, model_id, concurrency or 64, report)
         journal.publish(read_lines(source))
     report.show(f"-> {output}")
+    if as_json:
+        print(json.dumps({"output": str(output), **report.counts()}))
 
 
 def _journal_of(source: Path, output: Path, overwrite: bool) -> Journal | None:
@@ -101,6 +107,12 @@ class _Report:
         if time.monotonic() - self._shown_at > REPORT_S:
             self._shown_at = time.monotonic()
             self.show("")
+
+    def counts(self) -> dict[str, float]:
+        """Of this run; what was done before it is another's."""
+        seconds = round(time.monotonic() - self._start, 3)
+        counts = {"done": self._num_done, "failed": self._num_failed, "seconds": seconds}
+        return {**counts, "output_tokens": self._num_tokens, "done_before": self._num_before}
 
     def show(self, what: str) -> None:
         seconds = time.monotonic() - self._start

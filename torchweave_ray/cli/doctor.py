@@ -22,7 +22,9 @@ MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]note[/]", "fail": "[red]problem[
 
 
 def doctor(
-    port: Annotated[int, typer.Option(help="The port that `torchweave serve` would take.")] = 8000,
+    port: Annotated[
+        int, typer.Option(help="The port that `torchweave serve` would take.", min=1, max=65535)
+    ] = 8000,
     measure: Annotated[
         bool, typer.Option(help="Measure memory and arithmetic for a second or two.")
     ] = True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,11 +89,22 @@ def revoke(
     typer.echo(f"revoked: {', '.join(ids)}", err=True)
 
 
-def show(file: File = None) -> None:
+def show(
+    file: File = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
     """The keys of the file, with what is set of each."""
-    for key in read_keys(_path(file)):
-        values = key.written()
-        words = [f"{name}={values[name]}" for name in values if name not in ("id", "sha256")]
+    keys = read_keys(_path(file))
+    shown = [
+        {name: value for name, value in key.written().items() if name != "sha256"} for key in keys
+    ]
+    if as_json:
+        expired = [{"expired": key.is_expired()} for key in keys]
+        both = [values | more for values, more in zip(shown, expired, strict=True)]
+        print(json.dumps({"keys": both}, default=str))
+        return
+    for key, values in zip(keys, shown, strict=True):
+        words = [f"{name}={value}" for name, value in values.items() if name != "id"]
         typer.echo(f"{key.id}  {' '.join(words)}{'  EXPIRED' if key.is_expired() else ''}")
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from torchweave_ray.cli.artifact import AsJson
 
 
 def optimize(
@@ -34,6 +38,7 @@ def optimize(
     ] = None,
     num_cpus: Annotated[float, typer.Option(help="What the task asks Ray for.", min=0)] = 1,
     memory: Annotated[int, typer.Option(help="Likewise, in bytes.", min=0)] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Stage a model: fetch, convert, fuse, quantise, pack, check and publish it as one artifact.
 
@@ -47,8 +52,13 @@ def optimize(
         from optimizer.task import StagingTask, stage_on_cluster
 
         task = StagingTask(num_cpus, memory)
-        print(stage_on_cluster(recipe or DEFAULT_RECIPE, store, cache, ray, task))
+        _report(stage_on_cluster(recipe or DEFAULT_RECIPE, store, cache, ray, task), as_json)
         return
     with BarProgress() as progress:
         directory = stage_model(recipe or DEFAULT_RECIPE, store, progress, cache)
-    print(directory)
+    _report(directory, as_json)
+
+
+def _report(place: Path | str, as_json: bool) -> None:
+    """`place`: the artifact's folder, or the URL where a cluster put it."""
+    print(json.dumps({"artifact": str(place)}) if as_json else place)

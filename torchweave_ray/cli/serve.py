@@ -42,7 +42,9 @@ def serve(
         str | None, typer.Option(help="Serve this staged artifact instead: a folder or a URL.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on. Default: 8000.", min=1, max=65535)
+    ] = None,
     haproxy: Annotated[
         bool, typer.Option(help="HAProxy in front, in place of Ray's own Python proxy.")
     ] = True,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from torchweave_ray.cli.bench.options import AsJson
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -26,6 +28,7 @@ def kernels(
         int | None, typer.Option(help="Default: all cores of this process.", min=1)
     ] = None,
     seconds: Annotated[float, typer.Option(help="To spend on each figure.", min=0.0)] = 0.2,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the CPU kernels' products by shape and format, beside torch's own and beside what the
     machine can do at most.
@@ -61,7 +64,8 @@ def kernels(
         print(json.dumps(p.to_dict()), flush=True)
         cells = (p.format, p.rows, p.gbyte_s, p.gflop_s, p.native_us, p.torch_us)
         table.add_row(f"{p.model} {p.product}", *map(str, cells))
-    Console(stderr=True).print(table)
+    if not as_json:
+        Console(stderr=True).print(table)
 
 
 def _table(isa: str, threads: int, ceilings: Ceilings) -> Table:

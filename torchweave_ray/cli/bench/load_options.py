@@ -153,3 +153,7 @@ Save = Annotated[
     typer.Option("--save", help="Write a results file with its origin.", rich_help_panel=REPORT),
 ]
 Results = Annotated[Path, typer.Option(help="Folder of the results file.", rich_help_panel=REPORT)]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="The JSON lines alone, without the table.", rich_help_panel=REPORT),
+]

@@ -39,6 +39,7 @@ Seed = Annotated[
 ]
 Save = Annotated[bool, typer.Option("--save", help="Write a results file with its origin.")]
 Results = Annotated[Path, typer.Option(help="Folder of the results file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The JSON lines alone, without the table.")]
 
 
 def positive_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -75,13 +76,14 @@ def save(folder: Path, kind: str, config: dict[str, Any], lines: list[dict[str, 
     return path
 
 
-def print_table(points: list[Point], footer: Sequence[str] = ()) -> None:
-    """On stderr, so that stdout stays JSON lines."""
+def print_table(points: list[Point], as_json: bool, footer: Sequence[str] = ()) -> None:
+    """On stderr, so that stdout stays JSON lines. `as_json`: only what is wrong."""
     from rich.console import Console
 
     from torchweave_ray.bench.report.tables import failures, points_table
 
     console = Console(stderr=True)
-    console.print(points_table(points))
-    for line in (*footer, *failures(points)):
+    if not as_json:
+        console.print(points_table(points))
+    for line in (*(() if as_json else footer), *failures(points)):
         console.print(line, markup=False)

@@ -12,6 +12,7 @@ import typer
 from torchweave_ray.cli.artifact import Model, artifact_of
 from torchweave_ray.cli.bench.options import (
     RESULTS,
+    AsJson,
     Results,
     Save,
     Seed,
@@ -35,6 +36,7 @@ def routing(
     seed: Seed = None,
     save_it: Save = False,
     results: Results = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Measure conversations over several replicas, with our router and with Ray Serve's own.
 
@@ -66,7 +68,7 @@ def routing(
         f"{m.router}: hit rate {m.hit_rate:.2f}, busiest replica {m.balance:.2f} x mean CPU"
         for m in measured
     ]
-    print_table([point for m in measured for point in (m.first, m.later)], footer)
+    print_table([point for m in measured for point in (m.first, m.later)], as_json, footer)
     if save_it:
         values = {"model": artifact.name, **dataclasses.asdict(config)}
         save(results, "routing", values, [m.to_dict() for m in measured])

@@ -11,6 +11,7 @@ import typer
 from torchweave_ray.cli.bench.options import (
     DEFAULT_URL,
     RESULTS,
+    AsJson,
     InputLen,
     Results,
     Save,
@@ -40,6 +41,7 @@ def prefix(
     seed: Seed = None,
     save_it: Save = False,
     results: Results = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what the prefix cache saves: TTFT of a shared prefix, computed and remembered."""
     from torchweave_ray.bench.load.targets import run_in_loop
@@ -49,7 +51,7 @@ def prefix(
         prefix_len, input_len, rounds=rounds, seed=new_seed(seed), tokenizer=tokenizer
     )
     outcome = run_in_loop(_measure(url, name, config))
-    _report(outcome)
+    _report(outcome, as_json)
     if save_it:
         lines = [*(p.to_dict() for p in outcome.points), outcome.ratios]
         save(results, "prefix", {**dataclasses.asdict(config), "url": url}, lines)
@@ -66,6 +68,7 @@ def interference(
     seed: Seed = None,
     save_it: Save = False,
     results: Results = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what a long prompt costs a short request that comes meanwhile, and the streams.
 
@@ -83,7 +86,7 @@ def interference(
         tokenizer=tokenizer,
     )
     outcome = run_in_loop(_measure(url, name, config))
-    _report(outcome)
+    _report(outcome, as_json)
     if save_it:
         lines = [*(p.to_dict() for p in outcome.points), outcome.ratios]
         save(results, "interference", {**dataclasses.asdict(config), "url": url}, lines)
@@ -101,9 +104,9 @@ async def _measure(
     return await measure_interference(target, config)
 
 
-def _report(outcome: Outcome) -> None:
+def _report(outcome: Outcome, as_json: bool) -> None:
     for point in outcome.points:
         print_line(point)
     print(json.dumps({name: round(ratio, 4) for name, ratio in outcome.ratios.items()}))
     footer = [f"{name}: {ratio:.3f}" for name, ratio in outcome.ratios.items()]
-    print_table(list(outcome.points), footer)
+    print_table(list(outcome.points), as_json, footer)

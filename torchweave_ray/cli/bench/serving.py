@@ -61,6 +61,7 @@ def serving(
     plots: options.Plots = None,
     save_it: options.Save = False,
     results: options.Results = RESULTS,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure running servers under closed loops of clients, or open loops of arrivals.
 
@@ -81,7 +82,7 @@ def run(given: Mapping[str, Any]) -> None:
     except ProcessLookupError as error:
         raise typer.BadParameter(str(error), param_hint="--cpu-of") from error
     points = [m.point for m in measured]
-    print_table(points, [*unbatched_gain(points), *late_sending(points)])
+    print_table(points, given["as_json"], [*unbatched_gain(points), *late_sending(points)])
     addresses = {t.name: f"{t.url} {t.dialect.path}" for t in targets}
     values = {**_set_values(dataclasses.asdict(config)), "targets": addresses}
     lines = [m.to_dict() for m in measured]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchweave_ray.cli.artifact import EngineFile, Model, artifact_of, read_engine_options
-from torchweave_ray.cli.bench.options import RESULTS, Results, Save, save
+from torchweave_ray.cli.bench.options import RESULTS, AsJson, Results, Save, save
 
 if TYPE_CHECKING:
     from torchweave_ray.bench.startup import Line
@@ -32,6 +32,7 @@ def startup(
     ] = "files",
     save_it: Save = False,
     results: Results = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Measure starts and memory, staging the model first.
 
@@ -62,7 +63,7 @@ def startup(
         _ready(served, ready_runs, report)
     if "memory" in chosen:
         report(bench.replica_memory(served, staging))
-    for name, seconds in bench.medians(lines).items():
+    for name, seconds in ({} if as_json else bench.medians(lines)).items():
         print(f"{name}: {seconds:.2f} s", file=sys.stderr)
     if save_it:
         config = {"model": artifact.name, "measure": chosen, "runs": runs, "engine": options}

@@ -7,6 +7,7 @@ import dataclasses
 from torchweave_ray.cli.artifact import EngineFile, Model, artifact_of, read_engine_config
 from torchweave_ray.cli.bench.options import (
     RESULTS,
+    AsJson,
     Concurrency,
     InputLen,
     OutputLen,
@@ -32,6 +33,7 @@ def throughput(
     seed: Seed = None,
     save_it: Save = False,
     results: Results = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the engine in this process: no HTTP, no Ray.
 
@@ -48,7 +50,7 @@ def throughput(
     )
     engine_config = read_engine_config(engine)
     loaded, points = run_throughput(artifact_of(model), engine_config, config, print_line)
-    print_table(points)
+    print_table(points, as_json)
     if save_it:
         info = loaded.info
         about = {"model": info.id, "executor": info.executor, "dtype": info.dtype}

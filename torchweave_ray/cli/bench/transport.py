@@ -10,6 +10,7 @@ import typer
 
 from torchweave_ray.cli.bench.options import (
     RESULTS,
+    AsJson,
     Concurrency,
     Results,
     Save,
@@ -39,6 +40,7 @@ def transport(
     seed: Seed = None,
     save_it: Save = False,
     results: Results = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what a token costs between engine and client: CPU, added TTFT, messages a second.
 
@@ -64,7 +66,8 @@ def transport(
         for point in measure(name, config):
             print(json.dumps(point.to_dict()), flush=True)
             points.append(point)
-    Console(stderr=True).print(_table(points))
+    if not as_json:
+        Console(stderr=True).print(_table(points))
     if save_it:
         values = {"routes": chosen, **dataclasses.asdict(config)}
         save(results, "transport", values, [p.to_dict() for p in points])
