@@ -37,7 +37,7 @@ Layout = Literal["auto", "fused"]
 Verify = Literal["auto", "none"]
 
 DEFAULT_RECIPE = "smollm2-135m"
-_EMBEDDED = Path(__file__).parent / "recipes"
+EMBEDDED = Path(__file__).parent / "recipes"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _LONGEST_TUNING_S = 3600
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -216,7 +216,7 @@ def resolve_recipe(reference: str | Path | Recipe) -> Recipe:
     text = str(reference)
     if text.endswith((".yaml", ".yml")):
         return load_recipe(Path(text).expanduser())
-    embedded = {path.stem: path for path in _EMBEDDED.glob("*.yaml")}
+    embedded = {path.stem: path for path in EMBEDDED.glob("*.yaml")}
     if text in embedded:
         return load_recipe(embedded[text])
     if (Path(text).expanduser() / MANIFEST).is_file():

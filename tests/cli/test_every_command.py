@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +46,7 @@ def test_each_explains_itself(words: tuple[str, ...]) -> None:
     command = COMMANDS[words]
     assert command.help
     for parameter in command.params:
-        if parameter.param_type_name == "option" and words[0] != "keys":
+        if parameter.param_type_name == "option":
             assert parameter.help, f"{' '.join(words)} {parameter.name}"
 
 
@@ -53,6 +55,34 @@ def test_a_group_lists_its_commands() -> None:
     assert result.exit_code == 0
     for words in COMMANDS:
         assert words[0] != "bench" or words[1] in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("torchweave do", {"doctor"}),
+        ("torchweave artifact ", {"show", "verify", "diff", "gc"}),
+        ("torchweave doctor --j", {"--json"}),
+        ("torchweave serve --recipe smollm2-135m-", {"smollm2-135m-int4", "smollm2-135m-int8"}),
+        ("torchweave artifact verify ", {"tiny"}),
+        ("torchweave bench serving --workload ", {"random", "shared-prefix", "multi-turn"}),
+    ],
+)
+def test_a_shell_completes(line: str, offered: set[str], tmp_path: Path) -> None:
+    """As the script that --install-completion writes asks for it."""
+    for name in ("tiny", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tiny/manifest.json").write_text("{}")
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    asked = os.environ | words | {"_TORCHWEAVE_COMPLETE": "complete_bash"}
+    code = "import sys; sys.argv = ['torchweave']; from torchweave_ray.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=asked | {"ARTIFACT_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (set(ran.stdout.split()), ran.stderr) == (offered, "")
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchweave_ray.cli.completion import recipes, staged
+
 if TYPE_CHECKING:
     from torchweave_ray.config import EngineConfig
 
@@ -21,6 +23,7 @@ Model = Annotated[
     typer.Option(
         help="An artifact's folder, or what `torchweave optimize` takes. Default: "
         "ARTIFACT_MODEL_DIR, or SmolLM2-135M-Instruct.",
+        autocompletion=recipes,
     ),
 ]
 EngineFile = Annotated[
@@ -77,7 +80,11 @@ StoreFolder = Annotated[
     Path | None, typer.Option(help="Folder of artifacts. Default: ARTIFACT_DIR, or ./artifacts.")
 ]
 Named = Annotated[
-    str, typer.Argument(help="A folder, or a model, an artifact or an id's beginning in the store.")
+    str,
+    typer.Argument(
+        help="A folder, or a model, an artifact or an id's beginning in the store.",
+        autocompletion=staged,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
@@ -92,7 +99,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def show(
     artifact: Annotated[
-        str | None, typer.Argument(help="As of verify; without it, what the store holds.")
+        str | None,
+        typer.Argument(
+            help="As of verify; without it, what the store holds.", autocompletion=staged
+        ),
     ] = None,
     store: StoreFolder = None,
     as_json: AsJson = False,

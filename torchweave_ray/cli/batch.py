@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torchweave_ray.batch.journal import Journal
 
 REPORT_S = 5.0
+AtOnce = Annotated[int | None, typer.Option(help="Requests at once. Default: 64.", min=1)]
+Anew = Annotated[bool, typer.Option("--overwrite", help="Forget the results that are there.")]
 
 
 def batch(
@@ -35,12 +37,8 @@ def batch(
         int,
         typer.Option(help="Above 0: so many engines over a Ray cluster, by Ray Data.", min=0),
     ] = 0,
-    concurrency: Annotated[
-        int | None, typer.Option(help="Requests at once. Default: 64.", min=1)
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget the results that are there.")
-    ] = False,
+    concurrency: AtOnce = None,
+    overwrite: Anew = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer every line of IN.jsonl into OUT.jsonl, in its order.
@@ -62,14 +60,12 @@ def batch(
         report = _Report(sum(line.key in journal for line in read_lines(source)))
         if url is not None:
             _over_server(source, journal, url, concurrency or 64, report)
-        elif workers:
-            engine_options = read_engine_options(engine)
-            _over_ray(
-                source, journal, artifact_of(model), engine_options, model_id, workers, report
-            )
         else:
-            options = read_engine_options(engine)
-            _here(source, journal, artifact_of(model), options, model_id, concurrency or 64, report)
+            options, artifact = read_engine_options(engine), artifact_of(model)
+            if workers:
+                _over_ray(source, journal, artifact, options, model_id, workers, report)
+            else:
+                _here(source, journal, artifact, options, model_id, concurrency or 64, report)
         journal.publish(read_lines(source))
     report.show(f"-> {output}")
     if as_json:

