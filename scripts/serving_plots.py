@@ -1,47 +1,70 @@
 """The plots of docs/performance.md: serves each recipe, measures it, and draws what came of it.
 
 python scripts/serving_plots.py [--recipes smollm2-135m,smollm2-135m-int8] [--out docs/images]
+python scripts/serving_plots.py --draw benchmarks/results/serving-*.json
 
-Under five minutes on two cores; nothing else may run meanwhile.
+Four minutes a recipe on two cores; nothing else may run meanwhile. `--draw` takes what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torchweave_ray.bench.process_tree import wait_until_calm
 from torchweave_ray.bench.server_process import started_server
 
-CLOSED = ("--concurrency", "1,4,8,16,32")
-OPEN = ("--rates", "1,2,4,6", "--duration", "12", "--slo-ttft-ms", "500", "--slo-itl-ms", "100")
+LEVEL = ("--slo-ttft-ms", "500", "--slo-itl-ms", "100")
+LOADS = {
+    "clients": ("--concurrency", "1,4,8,16,32"),
+    "arrivals": ("--rates", "1,2,3,4,6", "--duration", "12", *LEVEL),
+    "conversations": (
+        *("--workload", "multi-turn", "--pause", "1", "--output-len", "64"),
+        *("--rates", "0.5,1,2", "--duration", "12", *LEVEL),
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipes", default="smollm2-135m,smollm2-135m-int8")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--draw", type=Path, nargs="*", help="These files; measure nothing.")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    closed, opened = [], []
-    for recipe in options.recipes.split(","):
+    files = options.draw or list(_measure_all(options.recipes.split(","), options.results))
+    for load, chosen in _by_load(files).items():
+        _torchweave("plot", *map(str, chosen), "--out", str(options.out), "--name", load)
+
+
+def _measure_all(recipes: Sequence[str], results: Path) -> Iterator[Path]:
+    for recipe in recipes:
         with started_server(("--recipe", recipe, "--no-dashboard")) as server:
             wait_until_calm(server.pid)
-            url = f"{recipe}={server.url}"
-            closed.append(_measure(options.results, "--url", url, *CLOSED))
-            opened.append(_measure(options.results, "--url", url, *OPEN))
-    _torchweave("plot", *closed, "--out", str(options.out), "--name", "closed-loop")
-    _torchweave("plot", *opened, "--out", str(options.out), "--name", "open-loop")
+            for load in LOADS.values():
+                yield _measure(results, "--url", f"{recipe}={server.url}", *load)
 
 
-def _measure(results: Path, *arguments: str) -> str:
+def _by_load(files: Sequence[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        config = json.loads(path.read_text())["config"]
+        loop = "arrivals" if config.get("rates") else "clients"
+        talk = config["workload"]["kind"] == "multi-turn"
+        found.setdefault("conversations" if talk else loop, []).append(path)
+    return found
+
+
+def _measure(results: Path, *arguments: str) -> Path:
     """The results file."""
     before = set(results.glob("serving-*.json"))
     _torchweave("serving", *arguments, "--occupancy", "--save", "--results", str(results))
     (path,) = set(results.glob("serving-*.json")) - before
-    return str(path)
+    return path
 
 
 def _torchweave(*arguments: str) -> None:
