@@ -60,8 +60,13 @@ class Moments:
         diagonal = damped.diagonal()
         mean = float(diagonal.mean())
         diagonal += DAMPING * mean if mean > 0.0 else 1.0
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        del diagonal
+        lower = torch.linalg.cholesky(damped)
+        del damped  # with many inputs each of these is what memory is needed for
+        inverse = torch.cholesky_inverse(lower)
+        del lower
         factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        del inverse
         return factor.float()
 
 

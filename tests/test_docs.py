@@ -102,6 +102,7 @@ def test_blocks_that_need_a_server_run(tmp_path: Path) -> None:
             if block.tag != "server":
                 continue
             code = block.code.replace("http://127.0.0.1:8000", url)
+            code = re.sub(r"^torchweave bench serving(?!.*--url)", rf"\g<0> --url {url}", code)
             ran = run_block(block.language, code, {})
             assert ran.returncode == 0, f"{block}\n{ran.stdout}\n{ran.stderr}"
             assert ran.stdout.strip(), block

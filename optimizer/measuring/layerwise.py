@@ -17,7 +17,7 @@ from optimizer.measuring.model import layer_cache, make_inputs
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
-from torchweave_ray.models.spec import DecoderSpec, Embed, Linear, Op
+from torchweave_ray.models.spec import Attention, DecoderSpec, Embed, GatedActivation, Linear, Op
 from torchweave_ray.models.tensors import FusedTensor, check_shape, fused_tensors
 from torchweave_ray.models.torch_executor import TorchExecutor, TorchStep
 
@@ -92,6 +92,11 @@ class LayerwiseModel:
             self.step.buffers[op.out] = self._tensors.rows(op.table, self._token_ids) * op.scale
         else:
             self.step.run(op)
+        match op:  # the two widest buffers, each read once
+            case Attention():
+                del self.step.buffers[op.qkv]
+            case GatedActivation():
+                del self.step.buffers[op.x]
 
     @torch.inference_mode()
     def logits(self) -> Iterator[Tensor]:
