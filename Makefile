@@ -1,6 +1,6 @@
 # One command for people and CI. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow serve bench
+.PHONY: help setup check test test-slow fuzz serve bench
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,14 @@ test: setup ## every test but the slow ones
 
 test-slow: setup ## the slow ones
 	$(BIN)/python -m pytest -m slow
+
+# More than the tests ask: NUM=1000000 SEED=$$RANDOM make fuzz
+NUM ?= 200000
+SEED ?= 0
+fuzz: setup ## mutated model files and calls, NUM of each kind
+	for kind in gguf safetensors artifact adapter; do \
+		$(BIN)/python -m tests.fuzz.readers $$kind --num $(NUM) --seed $(SEED) || exit 1; done
+	$(BIN)/python -m tests.fuzz.calls --num $(NUM) --seed $(SEED)
 
 serve: setup ## stage SmolLM2-135M-Instruct (or RECIPE=...) and serve it on port 8000
 	set -a; [ ! -f .env ] || . ./.env; set +a; exec $(BIN)/torchweave serve $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)

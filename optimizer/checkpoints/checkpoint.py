@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.quantization import QuantizedLinear
 
 
@@ -42,4 +43,8 @@ class Checkpoint(Protocol):
 
 
 def json_document(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+    """Raises ArtifactError for text that no file can hold."""
+    try:
+        return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError as error:
+        raise ArtifactError(f"a document of the model holds no valid Unicode: {error}") from error

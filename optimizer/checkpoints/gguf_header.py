@@ -19,7 +19,9 @@ _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by its type."""
-_MAX_NAME = 1 << 16
+_MAX_KEY = 1 << 16
+_MAX_NAME = 256
+"""Of a tensor; ggml keeps 64."""
 _MAX_DIMENSIONS = 4
 _MAX_DEPTH = 4
 _ALIGNMENT = 32
@@ -65,7 +67,7 @@ class _Walk:
                 raise _Broken(f"tensor {name!r} ends at byte {start + end} of {self._size}")
 
     def _pair(self) -> None:
-        key, kind = self._string(_MAX_NAME), self._u32()
+        key, kind = self._string(_MAX_KEY), self._u32()
         at = self._at
         self._value(kind, 0)
         if key == _ALIGNMENT_KEY:

@@ -115,7 +115,7 @@ class SafetensorsFolder:
     def _json(self, name: str) -> dict[str, Any]:
         try:
             values = json.loads(self._bytes(name))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{self._folder / name} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ArtifactError(f"{self._folder / name} must hold a JSON object")

@@ -78,7 +78,7 @@ class ConvertStage:
         must know of it. Raises ArtifactError for one that it cannot run either."""
         values = _parse(document)
         names = values.get("architectures")
-        if not isinstance(names, list) or set(names) & set(SUPPORTED_ARCHITECTURES):
+        if not isinstance(names, list) or any(n in SUPPORTED_ARCHITECTURES for n in names):
             return document
         if self.recipe.quantization.is_any:
             raise ArtifactError(
@@ -139,9 +139,11 @@ def _fitting_tokenizer(document: bytes, config: ModelConfig) -> bytes:
 
 def _parse(document: bytes) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(document)
-    except ValueError as error:
+        values = json.loads(document)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{CONFIG} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{CONFIG} must hold a JSON object")
     return values
 
 

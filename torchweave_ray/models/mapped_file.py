@@ -88,7 +88,7 @@ def tensors_in(whole: Tensor, where: str) -> dict[str, Tensor]:
         header = json.loads(whole[8:start].numpy().tobytes())
         header.pop("__metadata__", None)
         return {name: _view(whole[start:], name, **entry) for name, entry in header.items()}
-    except (struct.error, AttributeError, TypeError, ValueError) as error:
+    except (struct.error, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{where} cannot be read: {error}") from error
 
 

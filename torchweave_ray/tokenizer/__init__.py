@@ -220,17 +220,19 @@ def _json_object(name: str, raw: bytes | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{name} is not a JSON object")
     return value
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _ids(value: object) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if type(token_id) is not int or token_id < 0:
+            raise ArtifactError(f"eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(ids)
 
 
 def _template_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -248,5 +250,6 @@ def _chat_template(config: Mapping[str, Any]) -> str | None:
     """The template, or the one named "default" of several."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {t["name"]: t["template"] for t in template}.get("default")
+        named = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None

@@ -95,7 +95,7 @@ def read_report(directory: Path) -> dict[str, Any]:
     except ArtifactError as error:
         logger.warning("[Artifact] %s; its tuned settings are not used", error)
         return {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}
 
@@ -116,7 +116,7 @@ def _checked_report(directory: Path) -> dict[str, Any]:
         raw = json.loads(text)
         if not isinstance(raw, dict):
             raise ValueError("not a mapping")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     check_signed(raw, text, _SELF, str(path))
     return raw
@@ -130,6 +130,6 @@ def _identity(path: Path) -> list[int]:
 def _read_seal(directory: Path) -> dict[str, list[int]]:
     try:
         raw: Any = json.loads((directory / SEAL).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}

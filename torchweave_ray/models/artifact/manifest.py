@@ -28,6 +28,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _OLDEST_VERSION = 1
 _SELF = "manifest_sha256"
 _CHUNK = 1 << 22
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Manifest:
         try:
             raw = json.loads(text)
             version = raw["format_version"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{where}: not a manifest ({error!r})") from error
         _check_version(version, where)
         if version >= 2:
@@ -161,10 +162,14 @@ def _check_fields(raw: Mapping[str, Any], where: str) -> None:
             raise ArtifactError(f"{where}: field {name!r} must be {named}")
     for name, entry in raw["files"].items():
         # A name is joined to folders: it must not lead out of them.
-        if name != Path(name).name or name.startswith("."):
+        if name != Path(name).name or name.startswith(".") or not _is_possible(name):
             raise ArtifactError(f"{where}: {name!r} cannot be a file of an artifact")
         if not isinstance(entry, dict) or entry.keys() != {"sha256", "size"}:
             raise ArtifactError(f"{where}: the entry of {name} must have sha256 and size")
+
+
+def _is_possible(name: str) -> bool:
+    return 0 < len(name) <= _LONGEST_NAME and name.isprintable()
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {

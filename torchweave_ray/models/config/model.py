@@ -248,7 +248,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ArtifactError(f"{path} must hold a JSON object")
