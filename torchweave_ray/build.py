@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.drafting import LoadedDraft, OpenDraft, proposer_of
 from torchweave_ray.engine.adapters.pool import AdapterPool
@@ -43,6 +42,7 @@ from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.adapters import AdapterStore, open_adapters
+from torchweave_ray.runner.backends import choose_attention
 from torchweave_ray.runner.device import (
     numerics_path,
     resolve_device,
@@ -108,7 +108,7 @@ def load_model(
         kind, block_size = config.runner.executor, config.cache.block_size
         placement = Placement(dtype, device, threads, kind, block_size)
         executor = open_executor(
-            artifact_dir, model, manifest, placement, TorchPagedAttention(), whole
+            artifact_dir, model, manifest, placement, choose_attention(device), whole
         )
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.

@@ -30,6 +30,7 @@ class StepInputs:
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slot_mapping: Tensor  # [T] int64: block_id * block_size + offset, where the token's KV goes
+    # (CUDA graphs only, which need triton_paged: negative for padding, which goes nowhere)
     query_start_loc: Tensor  # [S + 1] int32: sequence s owns tokens [s] .. [s + 1]
     seq_lens: Tensor  # [S] int32: positions in the cache after this step
     block_tables: Tensor  # [S, max_blocks] int32, rows padded with 0

@@ -63,7 +63,10 @@ def open_executor(
     spec = build_spec(config)
     dtype, device = placement.dtype, placement.device
     plain: dict[str, Tensor] | None = None
-    if placement.executor != "torch":
+    if placement.executor != "torch" and device.type != "cpu":
+        if placement.executor == "native":
+            raise ConfigError(f"runner.executor is 'native', which runs on CPUs, not on {device}")
+    elif placement.executor != "torch":
         try:
             library = load_library()
             if placement.block_size % SUB != 0:

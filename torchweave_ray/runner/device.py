@@ -5,6 +5,7 @@ Knows no model. Memory that a container may not have counts as not there: cgroup
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,16 @@ def numerics_path(device: torch.device) -> str:
     if device.type == "cuda":
         return f"torch {torch.__version__} {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why our Triton kernels cannot run on the device; None: they can. Imports no triton."""
+    if device.type == "cpu":
+        return "the device is a CPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"compute capability {major}.{minor} is below 8.0" if major < 8 else None
 
 
 def free_memory(device: torch.device) -> int:
