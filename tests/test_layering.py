@@ -191,6 +191,29 @@ def test_the_walk_lets_a_right_import_pass(module: str, source: str) -> None:
     assert not _faults(module, source)
 
 
+MAY_SAY_CUDA = ("torchweave_ray/runner/device.py", "torchweave_ray/config.py")
+"""The one file that talks to CUDA, and the one that has the word for it. Only commands that
+describe the machine look for themselves; Ray's placement of GPUs is deployments' own."""
+
+
+def _says_cuda(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "cuda"
+    return isinstance(node, ast.Constant) and str(node.value).split(":")[0] == "cuda"
+
+
+def test_cuda_stays_behind_the_device() -> None:
+    """Nobody else asks whether the device is one of CUDA, or calls torch.cuda."""
+    faults = []
+    for folder in ("torchweave_ray", "optimizer"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if name not in MAY_SAY_CUDA and path.relative_to(ROOT).parts[1] not in ("cli", "bench"):
+                nodes = ast.walk(ast.parse(path.read_text()))
+                faults += [f"{name}: {ast.unparse(node)}" for node in nodes if _says_cuda(node)]
+    assert not faults, faults
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

@@ -18,8 +18,8 @@ SPLIT = 256
 """Positions that one program of a short query reads. A constant: it would change results."""
 _MIN_ROWS = 16
 """Of a tensor core's product."""
-_WIDE_ROW = 256
-"""Bytes of a head: wider ones get half the tile, to fit the shared memory of most GPUs."""
+_TILE_BYTES = 16_384
+"""Of keys in a tile, at most: several of them fit the shared memory of most GPUs."""
 
 
 class TritonPagedAttention:
@@ -77,7 +77,7 @@ class TritonPagedAttention:
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         group_size = num_heads // num_kv_heads
         dim_pad = max(16, triton.next_power_of_2(head_dim))
-        tile = 64 if dim_pad * queries.element_size() <= _WIDE_ROW else 32
+        tile = max(16, min(64, _TILE_BYTES // (dim_pad * queries.element_size())))
         num_rows = short_rows if num_splits else max(tile, short_rows)
         in_parts = num_splits is not None and num_splits > 1
         parts = part_sums = out
@@ -95,8 +95,8 @@ class TritonPagedAttention:
             inputs.query_start_loc, inputs.seq_lens, inputs.block_tables, num_seqs,
             num_splits or 1, inputs.block_tables.stride(0), *queries.stride()[:2], shape.scale,
             shape.soft_cap or 1.0, window or 0, num_heads, num_kv_heads, head_dim, dim_pad,
-            kv.keys.shape[2], num_rows, tile, self._split, short_len, num_splits is not None, in_parts,
-            window is not None, shape.soft_cap is not None, kv.key_scales is not None,
+            kv.keys.shape[2], num_rows, tile, self._split, short_len, num_splits is not None,
+            in_parts, window is not None, shape.soft_cap is not None, kv.key_scales is not None,
             num_warps=4,
         )  # fmt: skip
         if in_parts:
