@@ -12,14 +12,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
-from torchweave_ray.engine.meter import Meter
 from torchweave_ray.errors import ArtifactError, InvalidRequest
-from torchweave_ray.metrics import exposition
 from torchweave_ray.outputs import (
     FinishReason,
     GenerateRequest,
@@ -33,6 +32,9 @@ from torchweave_ray.outputs import (
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import load_tokenizer
 from torchweave_ray.tokenizer.grammar import GrammarSpec
+
+if TYPE_CHECKING:
+    from torchweave_ray.engine.meter import Meter
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 Message = Mapping[str, Any]
@@ -80,7 +82,7 @@ class LLM:
         self._loaded = load_model(directory, self._config)
         self.tokenizer = load_tokenizer(directory)
         self._engine = build_engine(self._loaded, self._config, self.tokenizer)
-        self._meter = Meter(math.inf, self.info.id, self._engine)
+        self._meter = self._open_meter()
         self._request_ids = itertools.count()
 
     def generate(
@@ -139,7 +141,12 @@ class LLM:
         return self._engine.stats()
 
     def metrics(self) -> str:
-        """Prometheus text of what this object has run; docs/metrics.md says what each is."""
+        """Prometheus text of what this object has run; docs/metrics.md says what each is. Raises
+        ImportError where prometheus-client is not installed."""
+        if self._meter is None:
+            raise ImportError("metrics need the package prometheus-client")
+        from torchweave_ray.metrics import exposition
+
         return exposition([self._meter.metrics.report()]).decode()
 
     def close(self) -> None:
@@ -152,6 +159,14 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _open_meter(self) -> Meter | None:
+        """None on a machine that has torch, but no prometheus-client: a bare GPU box."""
+        if find_spec("prometheus_client") is None:
+            return None
+        from torchweave_ray.engine.meter import Meter
+
+        return Meter(math.inf, self.info.id, self._engine)
 
     def _encode(self, prompts: Prompts) -> list[tuple[int, ...]]:
         several: Any = [prompts] if isinstance(prompts, str) else prompts
@@ -207,7 +222,8 @@ class LLM:
             while self._engine.has_work:
                 started_at = time.monotonic()
                 news = self._engine.step()
-                self._meter.measure(news, time.monotonic() - started_at)
+                if self._meter is not None:
+                    self._meter.measure(news, time.monotonic() - started_at)
                 for output in news:
                     outputs[output.request_id].append(output)
                     num_finished += output.is_last
@@ -216,7 +232,7 @@ class LLM:
         except BaseException:  # Ctrl-C in the middle of a step, too: begin anew, empty
             self._loaded.runner.reset()
             self._engine = build_engine(self._loaded, self._config, self.tokenizer)
-            self._meter = Meter(math.inf, self.info.id, self._engine)
+            self._meter = self._open_meter()
             raise
         return {request_id: merge_outputs(parts) for request_id, parts in outputs.items()}
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from prometheus_client.metrics_core import Metric
+if TYPE_CHECKING:  # a GPU box may have none
+    from prometheus_client.metrics_core import Metric
 
-Reported: TypeAlias = tuple[Mapping[str, str], Sequence[Metric]]
+Reported: TypeAlias = "tuple[Mapping[str, str], Sequence[Metric]]"
 """The labels that tell the process from the others, and its families."""

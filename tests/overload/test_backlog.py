@@ -14,9 +14,9 @@ from tests.engine.test_scheduler import make_engine, make_request, run
 from tests.properties.test_engine_properties import Workload
 from torchweave_ray.block_hash import next_hash, root_hash
 from torchweave_ray.config import CacheConfig, SchedulerConfig, StepCost
+from torchweave_ray.engine.admission import PromptPace
 from torchweave_ray.engine.budget import prompt_tokens_per_s
 from torchweave_ray.engine.engine import Engine
-from torchweave_ray.engine.meter import PromptPace
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.errors import Overloaded
 from torchweave_ray.outputs import GenerateRequest, OutputKind

@@ -6,9 +6,10 @@ runs, and ends nothing itself.
 
 from __future__ import annotations
 
+import math
+
 from torchweave_ray.deadline import Late
 from torchweave_ray.engine.budget import least_prefill_s, prompt_tokens_per_s
-from torchweave_ray.engine.meter import PromptPace
 from torchweave_ray.engine.plan import RuntimeLimits, StepPlan
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, Sequence
@@ -18,6 +19,9 @@ from torchweave_ray.outputs import GenerateRequest, OutputKind, RequestOutput
 MAX_CHOICES = 64
 PREDICTION_MARGIN = 0.8
 """A prompt is given up only if this share of its predicted time is still too long."""
+_MEMORY_S = 5.0
+_ENOUGH_S = 0.5
+"""Of steps with prompts, before their pace is trusted."""
 
 
 def refuse_impossible(request: GenerateRequest, limits: RuntimeLimits, artifact_id: str) -> None:
@@ -66,6 +70,24 @@ def refusal_of(output: RequestOutput) -> DeadlineExceeded | None:
         return None
     error = next((delta.error for delta in output.deltas if delta.error in set(Late)), None)
     return None if error is None else DeadlineExceeded(error, None, "deadline_exceeded")
+
+
+class PromptPace:
+    """Prompt tokens a second beside the decodes there are; the last seconds count most."""
+
+    def __init__(self) -> None:
+        self._seconds = self._num_tokens = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self._num_tokens / self._seconds if self._seconds >= _ENOUGH_S else None
+
+    def note(self, seconds: float, num_tokens: int) -> None:
+        """One step took so long and computed so many tokens of prompts."""
+        if num_tokens and seconds > 0:
+            kept = math.exp(-seconds / _MEMORY_S)
+            self._seconds = self._seconds * kept + seconds
+            self._num_tokens = self._num_tokens * kept + num_tokens
 
 
 class Admission:

@@ -13,9 +13,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepOutput, StepPlan
@@ -23,6 +23,9 @@ from torchweave_ray.engine.sequence import RequestState, Sequence
 from torchweave_ray.errors import InvalidRequest
 from torchweave_ray.outputs import GenerateRequest, OutputKind
 from torchweave_ray.tokenizer.grammar import GrammarCompiler
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 MAX_MASK_S = 0.1
 """CPU time of one mask: the step of all others waits for it."""

@@ -1,4 +1,4 @@
-"""What the engine thread notes of its steps: the pace of prompts, a calm log line, metrics.
+"""What the engine thread notes of its steps: a calm log line, metrics.
 
 And the timings of the last requests, which are logged when the engine dies.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,29 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MEMORY_S = 5.0
-_ENOUGH_S = 0.5
-"""Of steps with prompts, before their pace is trusted."""
 _MAX_REMEMBERED = 256
 """Requests that ended; what a dying engine says of them holds no content."""
-
-
-class PromptPace:
-    """Prompt tokens a second beside the decodes there are; the last seconds count most."""
-
-    def __init__(self) -> None:
-        self._seconds = self._num_tokens = 0.0
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return self._num_tokens / self._seconds if self._seconds >= _ENOUGH_S else None
-
-    def note(self, seconds: float, num_tokens: int) -> None:
-        """One step took so long and computed so many tokens of prompts."""
-        if num_tokens and seconds > 0:
-            kept = math.exp(-seconds / _MEMORY_S)
-            self._seconds = self._seconds * kept + seconds
-            self._num_tokens = self._num_tokens * kept + num_tokens
 
 
 class Meter:

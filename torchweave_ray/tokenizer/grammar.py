@@ -2,6 +2,7 @@
 
 `GrammarSpec` is what somebody wants, its `llguidance` form what a request carries, a matcher what
 says which token may come next. Knows no sequences; who asks too much is `grammar_check`'s.
+Without llguidance everything but grammars works.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchweave_ray.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_GRAMMAR_CHARS = 64 << 10
 JSON_WHITESPACE = r" |\n {0,16}"
@@ -24,15 +27,15 @@ JSON_WHITESPACE = r" |\n {0,16}"
 
 _MAX_CACHED = 64
 _MAX_ERROR = 300
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=500_000,
-    step_lexer_fuel=50_000,
-    step_max_items=20_000,
-    max_lexer_states=20_000,
-    max_grammar_size=100_000,
-    precompute_large_lexemes=False,
-    verbose_errors=False,
-)
+_LIMITS: Mapping[str, Any] = {
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
 """A mask then takes a few ms at most for all but grammars made to be slow."""
 
 
@@ -57,6 +60,9 @@ class GrammarSpec:
 
         Raises InvalidRequest for param "grammar".
         """
+        _need_llguidance()
+        from llguidance import LLMatcher, grammar_from
+
         try:
             if self.kind == "json_schema":
                 spaced: Any = {"whitespace_pattern": JSON_WHITESPACE}
@@ -107,7 +113,10 @@ class GrammarCompiler:
                 return found
         self.warm()
         assert self._vocabulary is not None
-        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=_LIMITS)
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(**_LIMITS)
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise invalid_grammar(matcher.get_error())
         with self._lock:
@@ -123,6 +132,9 @@ def make_vocabulary(
     """`vocab_size` is the width of the logits. Raises InvalidRequest for param "grammar"."""
     if not eos_token_ids:
         raise _unavailable("it has no end token")
+    _need_llguidance()
+    from llguidance import LLTokenizer
+
     try:
         return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids))
     except Exception as error:  # llguidance raises nothing narrower
@@ -133,6 +145,11 @@ def invalid_grammar(reason: str) -> InvalidRequest:
     lines = [line.strip() for line in reason.splitlines() if not line.startswith("<")]
     text = " ".join(line for line in lines if line)
     return InvalidRequest(f"not a usable grammar: {text[:_MAX_ERROR]}", "grammar")
+
+
+def _need_llguidance() -> None:
+    if find_spec("llguidance") is None:
+        raise InvalidRequest("structured output needs the package llguidance", "grammar")
 
 
 def _unavailable(reason: str) -> InvalidRequest:
