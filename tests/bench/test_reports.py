@@ -36,14 +36,42 @@ def test_images_show_the_data_by_name(measured: Path, tmp_path: Path) -> None:
             colours = image.convert("RGB").getcolors(maxcolors=1 << 20)
             assert colours is not None
             assert len(colours) > 20
-    texts = {path.stem: path.read_text() for path in tmp_path.glob("*.svg")}
+    texts = _texts(tmp_path)
     for chart, labels in {
-        "a-throughput": ("ours", "theirs, p99", "c=1", "c=3", "output tokens a second", "ms"),
+        "a-throughput": ("ours", "theirs", "median", "p99", "c=1", "c=3", "output tokens a second"),
         "a-ttft": ("ours", "theirs", "c=3", "share of requests", "time to first token, ms"),
         "a-batch": ("ours, c=1", "theirs, c=3", "running", "waiting", "requests"),
     }.items():
         for label in labels:
             assert f">{label}<" in texts[chart], (chart, label)
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    return {path.stem: path.read_text() for path in folder.glob("*.svg")}
+
+
+def test_a_service_level_is_drawn_beside_what_was_reached(tmp_path: Path) -> None:
+    args = ["--url", "URL", "--rates", "20,40", "--requests", "6", "--slo-ttft-ms", "300"]
+    result = _run_against(
+        FakeServer(), "bench", "serving", *args, "--plots", str(tmp_path), "--output-len", "7"
+    )
+    assert result.exit_code == 0, result.output
+    texts = _texts(tmp_path)
+    for label in ("service level", "Kept the service level, % of requests", "20/s", "40/s"):
+        assert f">{label}<" in texts["serving-throughput"], label
+    assert ">service level<" in texts["serving-ttft"]
+    assert ">100 words in, 7 tokens out<" in texts["serving-batch"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_texts_that_come_all_at_once_have_gaps_of_zero(measured: Path, tmp_path: Path) -> None:
+    values = json.loads(measured.read_text())
+    for point in values["points"]:
+        point["itl_ms"] = dict.fromkeys(point["itl_ms"], 0.0)
+    (tmp_path / "once.json").write_text(json.dumps(values))
+    result = _run("bench", "plot", str(tmp_path / "once.json"), "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.glob("*-throughput.png"))
 
 
 def test_a_run_draws_itself(tmp_path: Path) -> None:

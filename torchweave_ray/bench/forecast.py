@@ -46,10 +46,9 @@ class Capacity:
     by: str
     """Whose loops were measured: our kernels', or torch's."""
     read_gbyte_s: float
-    multiply_gflop_s: float
+    multiply_gflop_s: Mapping[str, float]
+    """By format of weights: those that run here."""
     memory_bytes: int
-    formats: tuple[str, ...]
-    """Of weights, that run here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +82,10 @@ def measure_capacity(device: str, memory_bytes: int, seconds: float = 0.2) -> Ca
             pass
         else:
             top = measure_ceilings(team, seconds)
-            figures = top.read_gbyte_s, top.bf16_gflop_s
-            return Capacity(device, "our kernels", *figures, memory_bytes, FORMATS)
+            speeds = dict.fromkeys(map(str, FORMATS), top.int8_gflop_s) | {"bf16": top.bf16_gflop_s}
+            return Capacity(device, "our kernels", top.read_gbyte_s, speeds, memory_bytes)
     read, multiply = _measure_torch(device, seconds)
-    return Capacity(device, "torch", read, multiply, memory_bytes, ("bf16",))
+    return Capacity(device, "torch", read, {"bf16": multiply}, memory_bytes)
 
 
 def _measure_torch(device: str, seconds: float) -> tuple[float, float]:
@@ -124,7 +123,7 @@ def forecast(
     """`weight_bytes`: what a step reads."""
     num_weights = weight_bytes / BYTES_A_WEIGHT[format]
     read_s = weight_bytes / (REACHED_READ * capacity.read_gbyte_s * 1e9)
-    multiply_s = 2 * num_weights / (REACHED_MULTIPLY * capacity.multiply_gflop_s * 1e9)
+    multiply_s = 2 * num_weights / (REACHED_MULTIPLY * capacity.multiply_gflop_s[format] * 1e9)
     fits = weight_bytes + BESIDE_BYTES <= capacity.memory_bytes
     speeds = {n: round(n / (read_s + n * multiply_s), 1) for n in clients}
     bound = "memory bandwidth" if read_s > multiply_s else "arithmetic"
@@ -133,7 +132,7 @@ def forecast(
 
 def forecast_sizes(capacity: Capacity) -> list[Forecast]:
     """Models by their number of weights, in the formats that are worth choosing between."""
-    kinds = [kind for kind in ("bf16", "int8", "int4-group32") if kind in capacity.formats]
+    kinds = [kind for kind in ("bf16", "int8", "int4-group32") if kind in capacity.multiply_gflop_s]
     return [
         forecast(size, kind, int(num * BYTES_A_WEIGHT[kind]), capacity)
         for size, num in SIZES.items()
@@ -153,7 +152,7 @@ def forecast_artifact(folder: Path, capacity: Capacity) -> Forecast | None:
     format = manifest.quantization.get("layers") or {"bfloat16": "bf16"}.get(
         manifest.dtype, manifest.dtype
     )
-    if format not in capacity.formats or any("expert" in key for key in config):
+    if format not in capacity.multiply_gflop_s or any("expert" in key for key in config):
         return None
     num_bytes = sum(e.size for n, e in manifest.files.items() if n.endswith(".safetensors"))
     if not config.get("tie_word_embeddings", False):  # of the input's table a row is read

@@ -103,10 +103,13 @@ def _print_forecast(console: Console, capacity: Capacity, forecasts: list[Foreca
     if (load := os.getloadavg()[0]) > 0.5 * cores:
         busy = f"{load:.1f} processes want its {cores} cores"
         console.print(f"\n[yellow]The machine is busy: {busy}. Measured is what they leave.[/]")
+    speeds = capacity.multiply_gflop_s
+    each = ", ".join(
+        f"{speeds[kind]:,.0f} in {kind}" for kind in ("bf16", "int8") if kind in speeds
+    )
     console.print(
-        f"\n{capacity.device} reads {capacity.read_gbyte_s:g} GB/s and multiplies "
-        f"{capacity.multiply_gflop_s:,.0f} GFLOP/s (by {capacity.by}), so models should decode, "
-        f"within a factor of 2:\n",
+        f"\n{capacity.device} reads {capacity.read_gbyte_s:g} GB/s and multiplies, in GFLOP/s, "
+        f"{each} (by {capacity.by}), so models should decode, within a factor of 2:\n",
         markup=False,
         highlight=False,
     )

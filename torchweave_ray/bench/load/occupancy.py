@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -43,13 +44,15 @@ class Occupancy:
 
 
 class OccupancyWatch:
-    """`async with`: samples the target's server until it is left. Then `read()`."""
+    """`async with`: samples the target's server until it is left, and then once more, so that short
+    work has a sample, too. Then `read()`."""
 
     def __init__(self, target: Target) -> None:
         self._path = urlsplit(target.url).path.rstrip("/") + "/metrics"
         self._connection = target.connect()
         self._samples: list[tuple[float, bytes]] = []
         self._started = 0.0
+        self._left = asyncio.Event()
 
     async def __aenter__(self) -> OccupancyWatch:
         self._started = time.perf_counter()
@@ -57,7 +60,7 @@ class OccupancyWatch:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._task.cancel()
+        self._left.set()
         await asyncio.gather(self._task, return_exceptions=True)
         self._connection.close()
 
@@ -75,15 +78,22 @@ class OccupancyWatch:
 
     async def _sample(self) -> None:
         while True:
-            try:
-                async with asyncio.timeout(5):
-                    exchange = await self._connection.request("GET", self._path)
-            except (HTTPFailure, TimeoutError):
+            is_last = self._left.is_set()
+            if not await self._take() or is_last:
                 return
-            if exchange.status != 200:
-                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._left.wait(), INTERVAL_S)
+
+    async def _take(self) -> bool:
+        """False: there is none to be had."""
+        try:
+            async with asyncio.timeout(5):
+                exchange = await self._connection.request("GET", self._path)
+        except (HTTPFailure, TimeoutError):
+            return False
+        if exchange.status == 200:
             self._samples.append((exchange.ended_at, exchange.body))
-            await asyncio.sleep(INTERVAL_S)
+        return exchange.status == 200
 
 
 def _sums(text: str) -> dict[str, float]:

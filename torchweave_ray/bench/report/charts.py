@@ -5,7 +5,7 @@ Needs matplotlib (the extra `bench`). Draws what results files hold and computes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,43 @@ from torchweave_ray.bench.report.results import (
     load_of,
     machine_of,
     series_of,
+    work_of,
 )
 from torchweave_ray.errors import ConfigError
 
+Level = Mapping[str, float]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Okabe and Ito's: told apart by the colour-blind, too."""
 MARKERS = "osD^v<"
 FORMATS = ("png", "svg")
-MAX_PANELS = 6
+MAX_COLUMNS, MAX_ROWS = 5, 4
+"""Of panels that show a batch: loads, and targets."""
+SOFT = "#6b7280"
 STYLE = {
     "svg.fonttype": "none",  # labels stay text
     "svg.hashsalt": "torchweave",  # the same picture is the same file
     "font.size": 10,
+    "text.color": "#1f2937",
+    "axes.labelcolor": "#374151",
+    "axes.edgecolor": "#9ca3af",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10.5,
+    "axes.titlepad": 9,
     "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
     "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 6,
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "figure.facecolor": "white",
 }
 
@@ -56,7 +74,8 @@ def draw_charts(
     paths = []
     with matplotlib.rc_context(STYLE):
         for chart, figure in _figures(results):
-            figure.text(0.995, 0.005, machine_of(results[0]), ha="right", size=7, color="#777777")
+            figure.text(0.008, 0.012, work_of(results), size=8, color=SOFT)
+            figure.text(0.992, 0.012, machine_of(results[0]), ha="right", size=8, color=SOFT)
             for kind in formats:
                 paths.append(folder / f"{name}-{chart}.{kind}")
                 metadata = {"Date": None} if kind == "svg" else None
@@ -67,10 +86,11 @@ def draw_charts(
 
 def _figures(results: Sequence[Results]) -> Iterator[tuple[str, Any]]:
     series = series_of(results)
+    level = results[0].config.get("level", {})
     if any("ttft_ms" in p for each in series for p in each.points):
-        yield "throughput", _throughput(series)
+        yield "throughput", _throughput(series, level)
     if any("ttft_ms_each" in p for each in series for p in each.points):
-        yield "ttft", _ttft(series)
+        yield "ttft", _ttft(series, level)
     if any("occupancy" in p for each in series for p in each.points):
         yield "batch", _batch(series)
 
@@ -81,48 +101,67 @@ def _new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> 
     figure, grid = pyplot.subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
-    line = 0.2 / size[1]  # at the foot, for where it was measured
-    figure.get_layout_engine().set(rect=(0, line, 1, 1 - line))
+    line = 0.28 / size[1]  # at the foot, for what was measured and where
+    figure.get_layout_engine().set(rect=(0, line, 1, 1 - line), w_pad=0.1, h_pad=0.08)
     return figure, grid
 
 
-def _throughput(series: Sequence[Series]) -> Any:
-    """Median as a line with the load at each point, p99 as a thin one; the share of good requests
-    where there was a service level."""
+def _throughput(series: Sequence[Series], level: Level) -> Any:
+    """Median as a line with the load at each point, p99 as a thin one, and the limit that was set;
+    the share of good requests where there was one."""
     has_level = any("good_share" in p for each in series for p in each.points)
-    figure, (row,) = _new(1, 3 if has_level else 2, (14 if has_level else 10, 4.4))
+    figure, (row,) = _new(1, 3 if has_level else 2, (13 if has_level else 10, 4.4))
     for axes, key, title in (
-        (row[0], "ttft_ms", "Time to first token"),
-        (row[1], "itl_ms", "Gap between texts (ITL)"),
+        (row[0], "ttft_ms", "Time to first token, ms"),
+        (row[1], "itl_ms", "Gap between texts (ITL), ms"),
     ):
         for number, each in enumerate(series):
             points = [p for p in each.points if key in p]
             p50, p99 = ([p[key][q] for p in points] for q in ("p50", "p99"))
             x = [p["output_tok_s"] for p in points]
+            axes.plot(x, p99, **_style(number, ls=(0, (1, 1.5)), lw=1.1, ms=3.5, alpha=0.75))
             axes.plot(x, p50, **_style(number), label=each.name)
-            axes.plot(x, p99, **_style(number, ls=":", lw=0.8, ms=3), label=f"{each.name}, p99")
             _mark_loads(axes, points, zip(x, p50, strict=True))
-        axes.set(title=title, xlabel="output tokens a second", ylabel="ms", yscale="log")
+        if limit := level.get(key):
+            axes.axhline(limit, **_LIMIT)
+        axes.set(title=title, xlabel="output tokens a second")
         axes.set_xlim(left=0)
         axes.margins(y=0.15)
-        _plain_ticks(axes.yaxis)
-    row[0].legend(loc="upper left", fontsize=8)
+        _logarithmic(axes, "y", [p[key]["p50"] for s in series for p in s.points if key in p])
     if has_level:
         _draw_good(row[2], series)
+    _explain(figure, row[0])
     return figure
+
+
+_LIMIT: Mapping[str, Any] = {"color": SOFT, "lw": 1.2, "ls": (0, (6, 4)), "zorder": 1}
+
+
+def _explain(figure: Any, axes: Any) -> None:
+    """Above all: the colours of targets, the strokes of what is shown of each."""
+    from matplotlib.lines import Line2D
+
+    handles, names = axes.get_legend_handles_labels()
+    handles += [
+        Line2D([], [], color=SOFT, marker="o"),
+        Line2D([], [], color=SOFT, marker="o", ls=":", lw=1.1, ms=3.5),
+    ]
+    names += ["median", "p99"]
+    if any(line.get_linestyle() == "--" for line in axes.get_lines()):
+        handles.append(Line2D([], [], **_LIMIT))
+        names.append("service level")
+    figure.legend(handles, names, loc="outside upper left", ncols=len(names), columnspacing=1.6)
 
 
 def _draw_good(axes: Any, series: Sequence[Series]) -> None:
     for number, each in enumerate(series):
         points = [p for p in each.points if "good_share" in p]
-        x, y = ([p[key] for p in points] for key in ("output_tok_s", "good_share"))
-        axes.plot(x, [100 * share for share in y], **_style(number), label=each.name)
-        _mark_loads(axes, points, zip(x, (100 * share for share in y), strict=True))
-    axes.set(
-        title="Kept the service level", xlabel="output tokens a second", ylabel="% of requests"
-    )
+        x, y = [p["output_tok_s"] for p in points], [100 * p["good_share"] for p in points]
+        axes.plot(x, y, **_style(number), clip_on=False)
+        _mark_loads(axes, points, zip(x, y, strict=True), above=True)
+    axes.set(title="Kept the service level, % of requests", xlabel="output tokens a second")
     axes.set_xlim(left=0)
-    axes.set_ylim(-8, 105)
+    axes.set_ylim(0, 108)
 
 
 def _style(number: int, **more: Any) -> dict[str, Any]:
@@ -130,55 +169,86 @@ def _style(number: int, **more: Any) -> dict[str, Any]:
     return of_it | more
 
 
-def _mark_loads(axes: Any, points: Sequence[Point], places: Iterable[tuple[float, float]]) -> None:
+def _mark_loads(
+    axes: Any,
+    points: Sequence[Point],
+    places: Iterable[tuple[float, float]],
+    above: bool = False,
+) -> None:
+    offset = (6, 5) if above else (6, -11)
+    paper = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75}
     for point, at in zip(points, places, strict=True):
-        axes.annotate(load_of(point), at, (0, -12), textcoords="offset points", size=7, ha="center")
+        axes.annotate(
+            load_of(point), at, offset, textcoords="offset points", size=8, bbox=paper, zorder=3
+        )
 
 
-def _ttft(series: Sequence[Series]) -> Any:
+def _ttft(series: Sequence[Series], level: Level) -> Any:
     """A panel a target, a line a load: the share of requests whose first text was there by then."""
-    shown = [s for s in series if any("ttft_ms_each" in p for p in s.points)]
-    figure, (row,) = _new(1, len(shown), (5 * len(shown), 4.2), sharey=True, sharex=True)
     from matplotlib import colormaps
 
+    shown = [s for s in series if any("ttft_ms_each" in p for p in s.points)]
+    figure, (row,) = _new(1, len(shown), (5 * len(shown) + 1, 4.2), sharey=True, sharex=True)
     for axes, each in zip(row, shown, strict=True):
         points = [p for p in each.points if "ttft_ms_each" in p]
         for number, point in enumerate(points):
-            shade = colormaps["viridis"](0.9 * number / max(1, len(points) - 1))
+            shade = colormaps["viridis"](0.85 * number / max(1, len(points) - 1))
             axes.ecdf(point["ttft_ms_each"], color=shade, label=load_of(point))
-        axes.set(title=each.name, xlabel="time to first token, ms", xscale="log")
-        axes.legend(fontsize=8, loc="lower right")
-        _plain_ticks(axes.xaxis)
+        if limit := level.get("ttft_ms"):
+            axes.axvline(limit, **_LIMIT, label="service level")
+        axes.set(title=each.name, xlabel="time to first token, ms")
+        axes.legend(loc="lower right", handlelength=1.4)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+        _logarithmic(axes, "x", [t for p in points for t in p["ttft_ms_each"]])
     row[0].set_ylabel("share of requests")
     return figure
 
 
 def _batch(series: Sequence[Series]) -> Any:
-    """A panel a load, at most MAX_PANELS of them: the requests that run, those that wait on top."""
-    shown = [(s.name, p) for s in series for p in s.points if "occupancy" in p]
-    if len(shown) > MAX_PANELS:  # the extremes and what lies evenly between
-        step = (len(shown) - 1) / (MAX_PANELS - 1)
-        shown = [shown[round(i * step)] for i in range(MAX_PANELS)]
-    columns = 2 if len(shown) == 4 else min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure, grid = _new(rows, columns, (3.6 * columns, 2.6 * rows + 0.4), sharey=True)
+    """A row a target, a panel a load: the requests that run, those that wait on top."""
+    watched = [(s.name, _spread([p for p in s.points if "occupancy" in p])) for s in series]
+    shown = [(name, points) for name, points in watched if points][:MAX_ROWS]
+    rows, columns = len(shown), max(len(points) for _, points in shown)
+    figure, grid = _new(rows, columns, (2.7 * columns + 0.4, 2.5 * rows + 0.7), sharey=True)
     most = 1.0
-    for axes, (name, point) in zip(grid.flat, shown, strict=False):
-        occupancy = point["occupancy"][0]
-        at, running = occupancy["at_s"], occupancy["running"]
-        total = [r + w for r, w in zip(running, occupancy["waiting"], strict=True)]
-        most = max(most, *total)
-        axes.fill_between(at, total, running, step="post", color="#e69f00", label="waiting")
-        axes.fill_between(at, running, step="post", color="#0072b2", label="running")
-        axes.set_title(f"{name}, {load_of(point)}", size=9)
-        axes.set_xlabel("s")
-    for axes in grid.flat[len(shown) :]:
-        axes.set_axis_off()
-    for row in grid:
+    for row, (name, points) in zip(grid, shown, strict=True):
         row[0].set_ylabel("requests")
-    grid[0][0].set_ylim(bottom=0, top=1.1 * most)  # of all: they share it
-    grid[0][0].legend(fontsize=8, loc="upper left")
+        for axes, point in zip(row, points, strict=False):
+            most = max(most, _draw_batch(axes, point["occupancy"][0]))
+            axes.set_title(f"{name}, {load_of(point)}", size=9)
+        for axes in row[len(points) :]:
+            axes.set_axis_off()
+    for axes in grid[-1]:
+        axes.set_xlabel("seconds")
+    grid[0][0].set_ylim(bottom=0, top=1.06 * most)  # of all: they share it
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure
+
+
+def _draw_batch(axes: Any, occupancy: Mapping[str, Any]) -> float:
+    """The most requests at once."""
+    at, running = occupancy["at_s"], occupancy["running"]
+    total = [r + w for r, w in zip(running, occupancy["waiting"], strict=True)]
+    axes.fill_between(at, running, step="post", color="#0072b2", alpha=0.85, lw=0, label="running")
+    axes.fill_between(at, total, running, step="post", color="#e69f00", lw=0, label="waiting")
+    axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return float(max(total))
+
+
+def _spread(points: Sequence[Point]) -> Sequence[Point]:
+    """At most MAX_COLUMNS: the extremes and what lies evenly between."""
+    if len(points) <= MAX_COLUMNS:
+        return points
+    step = (len(points) - 1) / (MAX_COLUMNS - 1)
+    return [points[round(i * step)] for i in range(MAX_COLUMNS)]
+
+
+def _logarithmic(axes: Any, which: str, values: Iterable[float]) -> None:
+    """Where there is something to show so: a server may send all its texts at once."""
+    if any(value > 0 for value in values):
+        axes.set(**{f"{which}scale": "log"})
+        _plain_ticks(getattr(axes, f"{which}axis"))
 
 
 def _plain_ticks(axis: Any) -> None:

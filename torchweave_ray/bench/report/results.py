@@ -72,6 +72,19 @@ def load_of(point: Point) -> str:
     return f"{point['rate']:g}/s" if "rate" in point else f"c={point['concurrency']}"
 
 
+def work_of(results: Sequence[Results]) -> str:
+    """One line: what was asked, where all of it asked the same."""
+    works = [each.config.get("workload") for each in results]
+    work = works[0]
+    if not isinstance(work, dict) or any(each != work for each in works):
+        return ""
+    talk = f"{work['turns']} turns, " if work.get("kind") == "multi-turn" else ""
+    shared = (
+        f"{work['prefix_len']} shared words and " if work.get("kind") == "shared-prefix" else ""
+    )
+    return f"{talk}{shared}{work['input_len']} words in, {work['output_len']} tokens out"
+
+
 def machine_of(results: Results) -> str:
     """One line: where it was measured."""
     machine, commit = results.origin.get("machine", {}), results.origin.get("commit", "unknown")
