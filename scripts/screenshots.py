@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image  # matplotlib brings it
 
@@ -112,11 +113,15 @@ def take(page: Page, url: str, name: str) -> Path:
 
 
 def smaller(png: bytes) -> bytes:
-    """The same picture out of 256 colours: the page has hardly more."""
+    """The same picture out of 256 colours, the frequent ones as they are: the page has hardly
+    more, but for the edges of letters."""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
+    colours: Any = picture.getcolors(maxcolors=picture.width * picture.height)
+    counted = sorted(colours, reverse=True)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([part for _, colour in counted[:256] for part in colour])
     packed = io.BytesIO()
-    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(packed, "PNG", optimize=True)
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
     return packed.getvalue()
 
 

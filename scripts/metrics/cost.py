@@ -24,8 +24,8 @@ from torchweave_ray.llm import LLM
 from torchweave_ray.outputs import RequestOutput
 from torchweave_ray.sampling_params import SamplingParams
 
-CONCURRENCY = (1, 16)
-ROUNDS = 8
+ROUNDS = {1: 60, 16: 24}
+"""By concurrency; of each kind."""
 NUM_PROMPT, NUM_TOKENS = 100, 64
 RESULTS = Path("benchmarks/results")
 
@@ -53,13 +53,13 @@ class NoMeter:
         pass
 
 
-def measure(llm: Any, number: int) -> dict[str, Any]:
+def measure(llm: Any, number: int, rounds: int) -> dict[str, Any]:
     """Rounds with metrics and without, in turn; the prefix cache meets no prompt twice."""
     on, off = MirroredMeter(llm._meter), NoMeter()
     speeds: dict[str, list[float]] = {"on": [], "off": []}
     busy_s, salt = 0.0, 0
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    for turn in range(2 * ROUNDS + 2):
+    for turn in range(2 * rounds + 2):
         name, llm._meter = ("on", on) if turn % 4 in (0, 3) else ("off", off)
         prompts = [[100 + (salt + i) % 40_000] * NUM_PROMPT for i in range(number)]
         salt += number
@@ -76,7 +76,8 @@ def measure(llm: Any, number: int) -> dict[str, Any]:
     return {
         "concurrency": number,
         "tokens_per_s": {name: statistics.median(each) for name, each in speeds.items()},
-        "lost_percent": statistics.median(lost),
+        "lost_percent": statistics.mean(lost),
+        "standard_error": statistics.stdev(lost) / len(lost) ** 0.5,
         "lost_percent_of_each_pair": lost,
         "time_in_metrics_percent": 100 * on.seconds / busy_s,
     }
@@ -86,9 +87,9 @@ def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False)
     with LLM(Path(sys.argv[1]), max_model_len=512) as llm:
         points = []
-        for number in CONCURRENCY:
+        for number, rounds in ROUNDS.items():
             meter = llm._meter
-            points.append(measure(llm, number))
+            points.append(measure(llm, number, rounds))
             llm._meter = meter
             print(points[-1])
     if "--save" in sys.argv:

@@ -130,7 +130,7 @@ function row(side) {
   cells.forEach((text, i) => {
     const cell = document.createElement(i ? "td" : "th");
     if (!i) cell.scope = "row";
-    cell.textContent = text;
+    text.split(/(?<=[/_])/).forEach((part) => cell.append(part, document.createElement("wbr")));
     line.append(cell);
   });
   return line;
