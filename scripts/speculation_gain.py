@@ -7,6 +7,7 @@ half of that; every option is in `speculation_gain.py --help`.
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,8 @@ class Gain:
     tok_s_with: float
     ratio: float
     """Median of the turns' ratios: tokens a second with it over those without."""
+    interval: tuple[float, float]
+    """Of the median, 95 %."""
     ratios: list[float]
     tokens_a_step: float
     """Of a sequence: 1 without it."""
@@ -167,12 +170,24 @@ def measure(
             tok_s_without=round(num_tokens / sum(plain), 1),
             tok_s_with=round(num_tokens / sum(each.seconds), 1),
             ratio=round(statistics.median(ratios), 3),
+            interval=interval(ratios),
             ratios=[round(ratio, 3) for ratio in ratios],
             tokens_a_step=round(num_tokens / size / each.grown("num_steps"), 2),
             num_drafts=drafts,
             accepted=round(each.grown("num_accepted_tokens") / max(1, drafts), 3),
             texts_differ=differ[name],
         )
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Of their median, 95 %: the order statistics that it lies between, whatever they follow."""
+    found, num = sorted(ratios), len(ratios)
+    below, rank = 0.5**num, 0
+    while below <= 0.025 and rank < num // 2:
+        rank += 1
+        below += math.comb(num, rank) * 0.5**num
+    low = max(0, rank - 1)
+    return round(found[low], 3), round(found[num - 1 - low], 3)
 
 
 def main(
