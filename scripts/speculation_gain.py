@@ -10,6 +10,7 @@ import inspect
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = Path(inspect.getfile(quality)).with_name("prose.txt")
 KV_BYTES = 256 << 20
+SLICE_S = 0.1
 STORIES = ("a lighthouse", "two rivers", "the first winter", "an old bicycle", "a lost letter")
 
 
@@ -49,7 +51,7 @@ class Gain:
     tok_s_without: float
     tok_s_with: float
     ratio: float
-    """Median of the turns' ratios: tokens a second with it over those without."""
+    """Median of the races' ratios: tokens a second with it over those without."""
     interval: tuple[float, float]
     """Of the median, 95 %."""
     ratios: list[float]
@@ -96,8 +98,8 @@ def works(tokenizer: Tokenizer) -> list[Work]:
 
 
 class Contender:
-    """An engine of its own that lives through all turns, as a server's would. It has no prefix
-    cache: every turn does the same work."""
+    """An engine of its own that lives through all races, as a server's would. It has no prefix
+    cache: every race is the same work."""
 
     def __init__(self, artifact: Path, speculation: SpeculationConfig) -> None:
         cache = CacheConfig(kv_memory=KV_BYTES, enable_prefix_caching=False)
@@ -106,8 +108,7 @@ class Contender:
         self._engine = build_engine(load_model(artifact, config), config, self._tokenizer)
         self._number = 0
         self.seconds: list[float] = []
-        self.texts: list[tuple[int, ...]] = []
-        """Of the last turn."""
+        self._tokens: dict[str, list[int]] = {}
         self._before = self.stats
 
     @property
@@ -122,27 +123,51 @@ class Contender:
         """A counter, since `begin`."""
         return int(getattr(self.stats, name) - getattr(self._before, name))
 
-    def turn(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> None:
+    def take(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> None:
         """All of these at once."""
         sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
-        tokens: dict[str, list[int]] = {}
+        self._tokens = {}
         for prompt in prompts:
             self._number += 1
-            tokens[str(self._number)] = []
+            self._tokens[str(self._number)] = []
             self._engine.add(GenerateRequest(str(self._number), "", prompt, sampling))
-        started = time.perf_counter()
-        while self._engine.has_work:
+        self.seconds.append(0.0)
+
+    def work(self, seconds: float) -> bool:
+        """For so long; False: all is done."""
+        started = now = time.perf_counter()
+        while self._engine.has_work and now < started + seconds:
             for output in self._engine.step():
                 for delta in output.deltas:
-                    tokens[output.request_id] += delta.token_ids
-        self.seconds.append(time.perf_counter() - started)
-        self.texts = [tuple(ids) for ids in tokens.values()]
+                    self._tokens[output.request_id] += delta.token_ids
+            now = time.perf_counter()
+        self.seconds[-1] += now - started
+        return self._engine.has_work
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Of what it took last."""
+        return list(self._tokens.values())
+
+
+def race(
+    contenders: Sequence[Contender], prompts: Sequence[tuple[int, ...]], output_len: int
+) -> None:
+    """All do the same, a slice of time each in turns: a shared machine's pace changes within
+    seconds, and so for all of them."""
+    for each in contenders:
+        each.take(prompts, output_len)
+    waiting = deque(contenders)
+    while waiting:
+        each = waiting.popleft()
+        if each.work(SLICE_S):
+            waiting.append(each)
 
 
 def measure(
     contenders: dict[str, Contender], work: Work, rounds: int, output_len: int
 ) -> Iterator[Gain]:
-    """Everybody does the first prompts, then the next ones; who begins takes turns, too."""
+    """Everybody does the first prompts, then the next ones; who begins changes, too."""
     size, differ = work.concurrency, dict.fromkeys(contenders, 0)
     batches = [work.prompts[i : i + size] for i in range(0, len(work.prompts), size)]
     order = list(contenders)
@@ -151,8 +176,7 @@ def measure(
             for each in contenders.values():
                 each.begin()
         for batch in batches:
-            for name in order:
-                contenders[name].turn(batch, output_len)
+            race([contenders[name] for name in order], batch, output_len)
             order = [*order[1:], order[0]]
             for name, each in contenders.items():
                 differ[name] += each.texts != contenders["none"].texts
