@@ -60,7 +60,7 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
         layer_types=_SLIDING,
         query_pre_attn_scalar=24,
         attn_logit_softcapping=5.0,
-        final_logit_softcapping=8.0,
+        final_logit_softcapping=30.0,
         tie_word_embeddings=True,
     ),
     "gemma3": _family(

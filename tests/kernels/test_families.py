@@ -1,4 +1,4 @@
-"""The flags that Llama has not, on the native executor: near torch, the same bits in any batch."""
+"""Each family on the native executor: near torch, the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,8 @@ from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.weights import load_weights
 
-NAMES = ("phi3", "gemma3", "qwen3-moe")
-"""With these every flag is on somewhere."""
 
-
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     return make_tiny_artifact(folder, dtype=torch.bfloat16, **FAMILIES[request.param])
