@@ -39,7 +39,8 @@ def test_every_answer_is_a_documented_one(case: Any) -> None:
     if "data" in kwargs:
         sent["content"] = kwargs["data"]
     response = ask(case.method, kwargs["url"], **sent)
-    assert response.status_code < 500, response.text
+    is_late = response.status_code == 504 and "the deadline passed" in response.text  # of 1 ms
+    assert response.status_code < 500 or is_late, response.text
     methods = SCHEMA.raw_schema["paths"][case.path]
     if case.method.lower() not in methods:  # it tries the others too
         assert response.status_code == 405
