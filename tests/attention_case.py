@@ -4,13 +4,11 @@ head at a time. No test in here."""
 from __future__ import annotations
 
 import random
-from dataclasses import fields, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tests.parity.paged import Text, make_inputs
+from tests.parity.paged import Text, make_inputs, on_device
 from torchweave_ray.attention.base import (
     AttentionBackend,
     AttentionShape,
@@ -18,7 +16,6 @@ from torchweave_ray.attention.base import (
     StepInputs,
 )
 
-T = TypeVar("T", LayerKV, StepInputs)
 BLOCK_SIZE = 4
 NUM_BLOCKS = 40
 MIXED = [(0, 1), (9, 1), (3, 6), (17, 1), (0, 11), (5, 3), (30, 3)]
@@ -55,7 +52,7 @@ class Case:
 
     def to(self, device: torch.device) -> Case:
         """Cache, inputs and queries move; what `expected` reads stays."""
-        self.kv, self.inputs = _moved(self.kv, device), _moved(self.inputs, device)
+        self.kv, self.inputs = on_device(self.kv, device), on_device(self.inputs, device)
         return self
 
     def run(self, backend: AttentionBackend) -> Tensor:
@@ -75,13 +72,6 @@ class Case:
                 out.append(attend_one(self.queries[row], keys, values, position, self.shape))
                 row += 1
         return torch.stack(out)
-
-
-def _moved(held: T, device: torch.device) -> T:
-    """Its tensors on the device."""
-    values = {f.name: getattr(held, f.name) for f in fields(held)}
-    tensors: Any = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
-    return replace(held, **tensors)
 
 
 def attend_one(

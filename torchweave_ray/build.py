@@ -42,7 +42,7 @@ from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.adapters import AdapterStore, open_adapters
-from torchweave_ray.runner.backends import choose_attention
+from torchweave_ray.runner.backends import check_invariance, choose_kernels
 from torchweave_ray.runner.device import (
     numerics_path,
     resolve_device,
@@ -106,10 +106,10 @@ def load_model(
     threads = set_num_threads(config.runner.threads or tuned_threads(artifact_dir))
     with stages.timed("weights"):
         kind, block_size = config.runner.executor, config.cache.block_size
-        placement = Placement(dtype, device, threads, kind, block_size)
-        executor = open_executor(
-            artifact_dir, model, manifest, placement, choose_attention(device), whole
-        )
+        kernels = choose_kernels(device, config.runner)
+        placement = Placement(dtype, device, threads, kind, block_size, ops=kernels.ops)
+        executor = open_executor(artifact_dir, model, manifest, placement, kernels.attention, whole)
+        check_invariance(executor, config.runner)
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.
             set_num_threads(1)

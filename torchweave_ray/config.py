@@ -125,7 +125,11 @@ class RunnerConfig:
     """auto: what the artifact's recipe asked for, model unless it did; model: what the model
     computes in; int8: codes with a scale for each head and position."""
     executor: Literal["auto", "torch", "native"] = "auto"
-    """native: our own CPU kernels, bfloat16 on x86; auto: native where it can run, else torch."""
+    """native: our own CPU kernels, bfloat16 on x86; torch: plain torch; auto: native where it can
+    run, on a GPU our Triton kernels, else torch."""
+    batch_invariant: bool = False
+    """On a GPU: a row's bits do not depend on what else is in its step; slower there. The native
+    executor's never do."""
     threads: int | None = None
     """CPU threads of the model; None: as many as the artifact was found to be fastest with on a
     machine like this, else all cores of this process."""

@@ -14,7 +14,6 @@ import tokenizers
 import torch
 
 from torchweave_ray.attention.base import block_bytes
-from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.engine.speculation.draft_model import DraftModel
@@ -36,6 +35,7 @@ from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
+from torchweave_ray.runner.backends import choose_kernels
 from torchweave_ray.runner.device import resolve_dtype, resolve_kv_dtype
 from torchweave_ray.runner.kv_cache import KVCache, KVShape
 from torchweave_ray.runner.model_runner import ModelRunner
@@ -88,7 +88,7 @@ class OpenDraft:
             model,
             manifest,
             replace(placement, dtype=dtype, team=team),
-            TorchPagedAttention(),
+            choose_kernels(placement.device, config.runner).attention,
         )
 
     def block_bytes(self, block_size: int) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import get_args
 
 import torch
 
 from tests.attention_case import Case
 from tests.gpu.compile_only import compile_only
-from torchweave_ray.attention.base import AttentionShape, LayerKV, quantize_kv
+from torchweave_ray.attention.base import AttentionShape, HeadNorms, LayerKV, quantize_kv
+from torchweave_ray.kernels.quantization import QuantizedFormat, quantize
 
 BF16 = torch.bfloat16
 SHAPES = (
@@ -37,9 +39,44 @@ def launch_attention() -> None:
             case.run(TritonPagedAttention())
 
 
+def launch_ops() -> None:
+    from torchweave_ray.kernels.triton.ops import TritonOps
+
+    ops, hidden, weight = TritonOps(), torch.zeros(2, 2048, dtype=BF16), torch.ones(2048)
+    ops.rms_norm(hidden, weight, 1e-5, 0.0)
+    ops.add_rms_norm(hidden, hidden.clone(), weight, 1e-5, 0.0)
+    ops.rms_norm_add(hidden, hidden.clone(), weight, 1e-5, 1.0)
+    for kind in ("silu", "gelu_tanh"):
+        ops.gated(torch.zeros(2, 11264, dtype=BF16), kind)
+    shape = SHAPES[0]
+    for kv_dtype in (BF16, torch.int8):
+        case = Case(shape, [(3, 2)])
+        parts = [torch.zeros(case.kv.keys.shape, dtype=kv_dtype) for _ in range(2)]
+        if kv_dtype == torch.int8:
+            parts += [torch.zeros(case.kv.keys.shape[:3]) for _ in range(2)]
+        qkv, cos = torch.zeros(2, 40, 64, dtype=BF16), torch.zeros(2, 1, 64)
+        for norm in (None, torch.ones(64)):
+            norms = HeadNorms(norm, norm)
+            ops.rotate_and_write(qkv, shape, (cos, cos), norms, LayerKV(*parts), case.inputs)
+
+
+def launch_products() -> None:
+    from torchweave_ray.kernels.triton.ops import TritonOps
+
+    weight = torch.randn(256, 512)
+    weights = [quantize(weight, format) for format in get_args(QuantizedFormat)]
+    for rows in (1, 64, 256):
+        x = torch.zeros(rows, 512, dtype=BF16)
+        for each in weights:
+            TritonOps().linear(x, each, None)
+        TritonOps(batch_invariant=True).linear(x, weight.to(BF16), torch.zeros(256, dtype=BF16))
+
+
 def main() -> None:
     active = compile_only(int(sys.argv[1]))
     launch_attention()
+    launch_ops()
+    launch_products()
     print(json.dumps(active.compiled))
 
 

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchweave_ray.attention.base import AdapterRows, LayerKV, StepInputs
+from torchweave_ray.attention.base import (
+    AdapterRows,
+    AttentionBackend,
+    HeadNorms,
+    LayerKV,
+    StepInputs,
+)
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.ops import Ops
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec
 from torchweave_ray.models.torch_executor import TorchExecutor
@@ -64,6 +72,16 @@ def make_inputs(
     )
 
 
+T = TypeVar("T", HeadNorms, LayerKV, StepInputs)
+
+
+def on_device(held: T, device: torch.device) -> T:
+    """The same with its tensors on the device."""
+    values = {f.name: getattr(held, f.name) for f in fields(held)}
+    tensors: Any = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+    return replace(held, **tensors)
+
+
 class PagedDecoder:
     """An artifact on the torch executor with a cache of its own."""
 
@@ -74,16 +92,22 @@ class PagedDecoder:
         block_size: int = 8,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        device: torch.device = CPU,
+        attention: AttentionBackend | None = None,
+        ops: Ops | None = None,
     ) -> None:
+        """`attention`, `ops`: None: the reference's."""
         config = ModelConfig.from_hf(read_hf_config(artifact))
         self.spec: DecoderSpec = build_spec(config)
         self.block_size = block_size
-        weights = load_weights(artifact, config, dtype, CPU)
-        self.executor = TorchExecutor(self.spec, weights, TorchPagedAttention())
+        self._device = device
+        weights = load_weights(artifact, config, dtype, device)
+        attention = attention or TorchPagedAttention()
+        self.executor = TorchExecutor(self.spec, weights, attention, ops)
         shape = (num_blocks, self.spec.num_kv_heads, block_size, self.spec.head_dim)
         self.kv = [
             LayerKV(
-                torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
+                *(torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)),
             )
             for _ in range(self.spec.num_layers)
         ]
@@ -98,7 +122,7 @@ class PagedDecoder:
             needed = -(-(sequence.num_computed + n) // self.block_size)
             while len(sequence.block_table) < needed:
                 sequence.block_table.append(self._free.pop())
-        inputs = make_inputs(chunks, self.block_size)
+        inputs = on_device(make_inputs(chunks, self.block_size), self._device)
         if adapters:
             num_plain = len(chunks) - len(adapters)
             bounds = inputs.query_start_loc.tolist()[num_plain:]

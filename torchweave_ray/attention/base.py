@@ -71,6 +71,17 @@ class AttentionShape:
     soft_cap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMSNorms of each head's queries and keys, before they are turned; None: there is none."""
+
+    queries: Tensor | None = None  # [head_dim]
+    keys: Tensor | None = None  # [head_dim]
+    eps: float = 1e-6
+    offset: float = 0.0
+    """Added to the weights."""
+
+
 class AttentionBackend(Protocol):
     """Paged attention over a step's batch. `torch_paged` is the reference all others equal."""
 

@@ -23,6 +23,7 @@ from torchweave_ray.models.artifact import Manifest
 from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.emitter import CannotLower
 from torchweave_ray.models.native_executor import NativeExecutor
+from torchweave_ray.models.ops import Ops
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.models.tensors import LAYOUT
@@ -45,6 +46,8 @@ class Placement:
     """Of the KV cache."""
     team: Team | None = None
     """Threads of another model's executor, which never runs at the same time; None: its own."""
+    ops: Ops | None = None
+    """Arithmetic of the torch executor; None: plain torch's."""
 
 
 def open_executor(
@@ -86,7 +89,7 @@ def open_executor(
             logger.warning("the torch executor runs this model: %s", error)
     if plain is None:
         plain = load_weights(directory, config, dtype, device, manifest, whole)
-    return TorchExecutor(spec, plain, attention)
+    return TorchExecutor(spec, plain, attention, placement.ops)
 
 
 def executor_name(executor: Executor) -> str:

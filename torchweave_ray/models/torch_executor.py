@@ -1,19 +1,23 @@
-"""The reference executor: a DecoderSpec run op by op with torch, on any device, in fp32 or bf16.
+"""The executor of any device: a DecoderSpec run op by op, in fp32 or bf16.
 
-Owns the weights. Attention and the KV cache are somebody else's.
+Owns the weights. Arithmetic, attention and the KV cache are somebody else's; with plain torch's
+it is the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchweave_ray.attention.base import AttentionBackend, LayerKV, StepInputs
+from torchweave_ray.attention.base import AttentionBackend, HeadNorms, LayerKV, StepInputs
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.lora.fitted import FittedAdapter, LoraPair
+from torchweave_ray.models.ops import Ops, Rotation, TorchOps, Weight, rotation_of
 from torchweave_ray.models.spec import (
     Attention,
     DecoderSpec,
@@ -30,12 +34,15 @@ from torchweave_ray.models.spec import (
 class TorchExecutor:
     """An `Adaptable`. `tensors` hold what `spec.tensors` names, all of one dtype and device."""
 
-    name = "torch"
-
     def __init__(
-        self, spec: DecoderSpec, tensors: Mapping[str, Tensor], attention: AttentionBackend
+        self,
+        spec: DecoderSpec,
+        tensors: Mapping[str, Weight],
+        attention: AttentionBackend,
+        ops: Ops | None = None,
     ) -> None:
-        """Raises ArtifactError naming a tensor that is missing or that no op uses."""
+        """`ops`: None: plain torch's. Raises ArtifactError naming a tensor that is missing or that
+        no op uses."""
         if missing := sorted(set(spec.tensors) - set(tensors)):
             raise ArtifactError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
         if surplus := sorted(set(tensors) - set(spec.tensors)):
@@ -43,7 +50,10 @@ class TorchExecutor:
         self._spec = spec
         self._tensors = tensors
         self._attention = attention
-        device = next(iter(tensors.values())).device
+        self._ops = ops or TorchOps(attention)
+        self.name = self._ops.name
+        self._like = next(each for each in tensors.values() if isinstance(each, Tensor))
+        device = self._like.device
         ropes = {op.rope for op in spec.ops if isinstance(op, Attention) and op.rope is not None}
         self._inv_freqs = {rope: torch.tensor(rope.inv_freq, device=device) for rope in ropes}
 
@@ -51,8 +61,7 @@ class TorchExecutor:
     def forward(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Logits of `inputs.logit_rows`: [R, vocab_size] float32."""
         step = self._decode(inputs, kv)
-        for op in self._spec.head_ops:
-            step.run(op)
+        step.run_all(self._spec.head_ops)
         logits = step.buffers["logits"].float()
         if self._spec.logits_soft_cap is not None:
             logits = torch.tanh(logits / self._spec.logits_soft_cap) * self._spec.logits_soft_cap
@@ -70,24 +79,24 @@ class TorchExecutor:
 
     def load_adapter(self, adapter: FittedAdapter) -> Mapping[str, LoraPair]:
         """Its matrices in the weights' dtype, beside them. Any thread may call."""
-        like = next(iter(self._tensors.values()))
         return {
-            name: LoraPair(*(each.to(like.device, like.dtype) for each in (pair.a, pair.b)))
+            name: LoraPair(
+                *(each.to(self._like.device, self._like.dtype) for each in (pair.a, pair.b))
+            )
             for name, pair in adapter.pairs.items()
         }
 
     def begin(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> TorchStep:
         """A step before its first op, for callers that run and watch the ops one by one."""
-        step = TorchStep(self._tensors, self._attention, inputs, kv)
+        step = TorchStep(self._tensors, self._attention, self._ops, inputs, kv)
         for rope, inv_freq in self._inv_freqs.items():
-            step.rotations[rope] = _rotation(inv_freq, rope.attention_scaling, inputs.positions)
+            step.rotations[rope] = rotation_of(inv_freq, rope.attention_scaling, inputs.positions)
         return step
 
     def _decode(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> TorchStep:
         """All ops but the head's; "hidden" then holds the picked rows only."""
         step = self.begin(inputs, kv)
-        for op in self._spec.ops:
-            step.run(op)
+        step.run_all(self._spec.ops)
         step.buffers["hidden"] = step.buffers["hidden"].index_select(0, inputs.logit_rows)
         return step
 
@@ -97,17 +106,32 @@ class TorchStep:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Weight],
         attention: AttentionBackend,
+        ops: Ops,
         inputs: StepInputs,
         kv: Sequence[LayerKV],
     ) -> None:
         self.buffers: dict[str, Tensor] = {}
-        self.rotations: dict[Rope, tuple[Tensor, Tensor]] = {}
-        self._tensors = tensors
+        self.rotations: dict[Rope, Rotation] = {}
+        self._weights = tensors
         self._attention = attention
+        self._ops = ops
         self._inputs = inputs
         self._kv = kv
+
+    def run_all(self, ops: Sequence[Op]) -> None:
+        """In order; an add to a buffer and the norm of it that follows are one."""
+        added: Linear | None = None
+        for op, following in zip_longest(ops, ops[1:]):
+            if added is not None:
+                assert isinstance(op, RMSNorm)
+                self._add_norm(self._product(added), op)
+                added = None
+            elif _adds_before_norm(op, following):
+                added = op
+            else:
+                self.run(op)
 
     def run(self, op: Op) -> None:
         match op:
@@ -118,71 +142,91 @@ class TorchStep:
             case Attention():
                 self._attend(op)
             case GatedActivation():
-                self.buffers[op.out] = _gated(self.buffers[op.x], op.kind)
+                self.buffers[op.out] = self._ops.gated(self.buffers[op.x], op.kind)
             case Experts():
                 self._mix(op)
             case Embed():
-                rows = functional.embedding(self._inputs.input_ids, self._tensors[op.table])
+                rows = functional.embedding(self._inputs.input_ids, self._tensor(op.table))
                 self.buffers[op.out] = rows if op.scale == 1.0 else rows * op.scale
 
     def _linear(self, op: Linear) -> None:
-        bias = None if op.bias is None else self._tensors[op.bias]
-        product = functional.linear(self.buffers[op.x], self._tensors[op.weight], bias)
-        for rows in self._inputs.adapters:
-            assert isinstance(rows.adapter, Mapping), "an adapter is loaded by its executor"
-            if (pair := rows.adapter.get(op.weight)) is not None:
-                own = slice(rows.start, rows.end)
-                shrunk = functional.linear(self.buffers[op.x][own], pair.a)
-                product[own] += functional.linear(shrunk, pair.b)
+        product = self._product(op)
         if op.accumulate:
             self.buffers[op.out].add_(product)
         else:
             self.buffers[op.out] = product
 
+    def _product(self, op: Linear) -> Tensor:
+        bias = None if op.bias is None else self._tensor(op.bias)
+        product = self._ops.linear(self.buffers[op.x], self._weights[op.weight], bias)
+        for rows in self._inputs.adapters:
+            assert isinstance(rows.adapter, Mapping), "an adapter is loaded by its executor"
+            if (pair := rows.adapter.get(op.weight)) is not None:
+                own = slice(rows.start, rows.end)
+                shrunk = self._ops.linear(self.buffers[op.x][own], pair.a, None)
+                product[own] += self._ops.linear(shrunk, pair.b, None)
+        return product
+
     def _norm(self, op: RMSNorm) -> None:
-        x, weight = self.buffers[op.x], self._tensors[op.weight]
-        normed = _rms_norm(x, weight, op.eps, op.weight_offset)
+        x, weight = self.buffers[op.x], self._tensor(op.weight)
         if op.accumulate:
-            self.buffers[op.out].add_(normed)
+            self._ops.rms_norm_add(self.buffers[op.out], x, weight, op.eps, op.weight_offset)
         else:
-            self.buffers[op.out] = normed
+            self.buffers[op.out] = self._ops.rms_norm(x, weight, op.eps, op.weight_offset)
+
+    def _add_norm(self, product: Tensor, op: RMSNorm) -> None:
+        weight = self._tensor(op.weight)
+        self.buffers[op.out] = self._ops.add_rms_norm(
+            self.buffers[op.x], product, weight, op.eps, op.weight_offset
+        )
 
     def _mix(self, op: Experts) -> None:
         """One product an expert over all rows that chose it; then each row's, in order of rank."""
         x = self.buffers[op.x]
-        gate_up = self._tensors[op.gate_up].chunk(op.num_experts)
-        down = self._tensors[op.down].chunk(op.num_experts)
+        gate_up = self._tensor(op.gate_up).chunk(op.num_experts)
+        down = self._tensor(op.down).chunk(op.num_experts)
         shares, chosen = route(self.buffers[op.router], op.top_k, op.normalize)
         parts = x.new_empty(*chosen.shape, x.shape[1])
         for expert in sorted(set(chosen.flatten().tolist())):
             rows, ranks = (chosen == expert).nonzero(as_tuple=True)
-            gated = _gated(functional.linear(x[rows], gate_up[expert]), op.kind)
-            parts[rows, ranks] = functional.linear(gated, down[expert])
+            both = self._ops.linear(x[rows], gate_up[expert], None)
+            parts[rows, ranks] = self._ops.linear(
+                self._ops.gated(both, op.kind), down[expert], None
+            )
         for rank in range(op.top_k):
             self.buffers[op.out].add_(parts[:, rank] * shares[:, rank, None].to(x.dtype))
 
     def _attend(self, op: Attention) -> None:
-        shape = op.shape
-        num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
-        qkv = self.buffers[op.qkv].view(-1, num_heads + 2 * num_kv_heads, shape.head_dim)
-        if op.q_norm is None and op.k_norm is None:
-            qk = qkv[:, : num_heads + num_kv_heads]
-            qk = qk if op.rope is None else _rotate(qk, *self.rotations[op.rope])
-            queries, keys = qk[:, :num_heads], qk[:, num_heads:]
-        else:
-            queries = self._norm_and_rotate(qkv[:, :num_heads], op.q_norm, op)
-            keys = self._norm_and_rotate(
-                qkv[:, num_heads : num_heads + num_kv_heads], op.k_norm, op
-            )
-        kv = self._kv[op.layer]
-        self._attention.write_kv(keys, qkv[:, num_heads + num_kv_heads :], kv, self._inputs)
+        shape, kv = op.shape, self._kv[op.layer]
+        norms = HeadNorms(
+            None if op.q_norm is None else self._tensor(op.q_norm),
+            None if op.k_norm is None else self._tensor(op.k_norm),
+            op.norm_eps,
+            op.norm_weight_offset,
+        )
+        qkv = self.buffers[op.qkv].view(
+            -1, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim
+        )
+        rotation = None if op.rope is None else self.rotations[op.rope]
+        queries = self._ops.rotate_and_write(qkv, shape, rotation, norms, kv, self._inputs)
         attended = self._attention.forward(queries, kv, self._inputs, shape)
         self.buffers[op.out] = attended.flatten(1)
 
-    def _norm_and_rotate(self, x: Tensor, norm: str | None, op: Attention) -> Tensor:
-        if norm is not None:
-            x = _rms_norm(x, self._tensors[norm], op.norm_eps, op.norm_weight_offset)
-        return x if op.rope is None else _rotate(x, *self.rotations[op.rope])
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._weights[name]
+        assert isinstance(tensor, Tensor), f"{name} is quantised, and not read by a product"
+        return tensor
+
+
+def _adds_before_norm(op: Op, following: Op | None) -> TypeGuard[Linear]:
+    return (
+        isinstance(op, Linear)
+        and op.accumulate
+        and isinstance(following, RMSNorm)
+        and following.x == op.out
+        and following.out != op.out
+        and not following.accumulate
+    )
 
 
 def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -192,33 +236,3 @@ def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     if normalize:
         shares = shares / shares.sum(dim=-1, keepdim=True)
     return shares, order[:, :top_k]
-
-
-def _gated(x: Tensor, kind: str) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    if kind == "silu":
-        return functional.silu(gate).mul_(up)
-    return functional.gelu(gate, approximate="tanh").mul_(up)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
-    """Over the last axis, in fp32 whatever the dtype of x."""
-    scale = weight.float()
-    scale = scale if weight_offset == 0.0 else scale + weight_offset
-    return functional.rms_norm(x.float(), scale.shape, scale, eps).to(x.dtype)
-
-
-def _rotation(inv_freq: Tensor, scaling: float, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, each [T, 1, head_dim] fp32; sin is negated for the first half."""
-    angles = positions[:, None].float() * inv_freq
-    cos, sin = angles.cos() * scaling, angles.sin() * scaling
-    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[T, heads, head_dim], halves paired (NeoX): (a, b) -> (a cos - b sin, b cos + a sin).
-    Only the first dimensions turn where cos has fewer than x."""
-    if (dim := cos.shape[-1]) < x.shape[-1]:
-        return torch.cat((_rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

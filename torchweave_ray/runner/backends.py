@@ -1,29 +1,54 @@
-"""Which attention a device gets: our Triton kernels where they run, else plain torch; and why.
-
-The only place that imports triton, and only when it is chosen.
+"""Which attention and which arithmetic a device gets: our Triton kernels where they run, else plain
+torch; and why. The only place that imports triton, and only when it is chosen.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
 from torchweave_ray.attention.base import AttentionBackend
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
+from torchweave_ray.config import RunnerConfig
+from torchweave_ray.errors import ConfigError
+from torchweave_ray.models.ops import Ops
+from torchweave_ray.models.spec import Executor
 from torchweave_ray.runner.device import why_no_triton
 
 logger = logging.getLogger(__name__)
 
 
-def choose_attention(device: torch.device) -> AttentionBackend:
-    """Of the torch executor and of transformers' models; the native executor has its own."""
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Of the torch executor; transformers' models take the attention, the native executor none."""
+
+    attention: AttentionBackend
+    ops: Ops | None = None
+    """None: plain torch's."""
+
+
+def choose_kernels(device: torch.device, config: RunnerConfig) -> Kernels:
+    """By what the device can run; `executor: torch` forgoes it."""
     reason = why_no_triton(device)
+    if config.executor == "torch":
+        reason = "runner.executor is 'torch'"
     if reason is None:
         from torchweave_ray.attention.triton_paged import TritonPagedAttention
+        from torchweave_ray.kernels.triton.ops import TritonOps
 
-        logger.info("[Attention] triton_paged: triton can run on %s", device)
-        return TritonPagedAttention()
+        logger.info("[Kernels] triton on %s", device)
+        return Kernels(TritonPagedAttention(), TritonOps(config.batch_invariant))
     level = logging.DEBUG if device.type == "cpu" else logging.WARNING
-    logger.log(level, "[Attention] torch_paged: %s", reason)
-    return TorchPagedAttention()
+    logger.log(level, "[Kernels] plain torch: %s", reason)
+    return Kernels(TorchPagedAttention())
+
+
+def check_invariance(executor: Executor, config: RunnerConfig) -> None:
+    """Raises ConfigError where rows must not depend on their batch, and torch's products do."""
+    if config.batch_invariant and executor.name in ("torch", "transformers"):
+        raise ConfigError(
+            f"runner.batch_invariant: the {executor.name} executor does not promise it; it takes "
+            "the native executor or our Triton kernels"
+        )
