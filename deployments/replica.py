@@ -34,13 +34,13 @@ from deployments.log import log_start, log_through_serve, says_why_it_fails
 from deployments.observe.metrics import mirrored
 from deployments.placement import ReplicaConfig
 from deployments.router import own_id, routing_stats
-from deployments.staging import artifact_at_hand, load_served
+from deployments.staging import Loaded, load_at_hand
 from torchweave_ray.api.streams.records import StreamRecords
+from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ConfigError, EngineError, RequestError, TorchWeaveError
 from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, Stats
 from torchweave_ray.reported import Reported
-from torchweave_ray.tokenizer import load_tokenizer, read_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,7 @@ class ModelReplica:
         self._serves = False
         """From the first check of its health on, which Serve makes before it sends requests."""
         self._streams = StreamRecords()
-        async with artifact_at_hand(config, weights, self._startup_s) as (folder, whole):
-            # In a thread: this loop answers Serve's own probes meanwhile.
-            loaded = await asyncio.to_thread(load_served, config, engine_config, folder, whole)
-            tokenizer = load_tokenizer(folder)
-            self._files = read_tokenizer_files(folder)
+        loaded, tokenizer, self._files = await self._load(config, engine_config, weights)
         self._startup_s.update(loaded.startup_s)
         self._info = loaded.info
         self._id = own_id()
@@ -91,6 +87,9 @@ class ModelReplica:
         log_start(
             loaded.info, self._startup_s, engine_config.runner.threads or cores, cores, sharing
         )
+
+    async def _load(self, config: ReplicaConfig, engine: EngineConfig, weights: Any) -> Loaded:
+        return await load_at_hand(config, engine, weights, self._startup_s)
 
     async def generate(self, request: GenerateRequest, stream_id: int) -> CallResult:
         """Tokens go by the bus to `request.delivery`; stays open until the last one has left."""

@@ -32,6 +32,7 @@ from optimizer.task import (
 )
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ArtifactError, TorchWeaveError
+from torchweave_ray.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,6 +103,23 @@ def staged(config: ReplicaConfig) -> Path:
         full=config.verify == "full",
         task=_task(config.staging),
     )
+
+
+Loaded = tuple["LoadedModel", Tokenizer, dict[str, bytes]]
+"""A model, its tokenizer, and the tokenizer's files by name."""
+
+
+async def load_at_hand(
+    config: ReplicaConfig,
+    engine: EngineConfig,
+    owner: DeploymentHandle | None,
+    startup_s: dict[str, float],
+) -> Loaded:
+    """All that a replica serves. Raises as `artifact_at_hand` does."""
+    async with artifact_at_hand(config, owner, startup_s) as (folder, whole):
+        # In a thread: this loop answers Serve's own probes meanwhile.
+        loaded = await asyncio.to_thread(load_served, config, engine, folder, whole)
+        return loaded, load_tokenizer(folder), read_tokenizer_files(folder)
 
 
 def load_served(

@@ -7,7 +7,7 @@ No `from __future__ import annotations` here: Serve reads the builder's annotati
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 from ray import serve
@@ -19,11 +19,10 @@ from deployments.args import ModelArgs, StrictModel
 from deployments.ingress import Ingress, IngressConfig
 from deployments.placement import Placement, ReplicaConfig
 from deployments.replica import ModelReplica
+from deployments.staging import Loaded
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.config import EngineConfig
-
-if TYPE_CHECKING:
-    from torchweave_ray.build import LoadedModel
+from torchweave_ray.tokenizer import load_tokenizer, read_tokenizer_files
 
 MODEL = "echo"
 LONGEST_STREAM_S = 60.0
@@ -39,14 +38,14 @@ class EchoArgs(StrictModel):
 class EchoReplica(ModelReplica):
     async def __init__(self, config: ReplicaConfig, step_s: float) -> None:  # type: ignore[misc]
         self._step_s = step_s
-        with tempfile.TemporaryDirectory() as folder:
-            self._folder = Path(folder)
-            await super().__init__(config)
+        await super().__init__(config)
 
-    def _load(self, config: ReplicaConfig, engine_config: EngineConfig) -> "LoadedModel":
+    async def _load(self, config: ReplicaConfig, engine: EngineConfig, weights: Any) -> Loaded:
         from torchweave_ray.bench.transport.echo import load_echo
 
-        return load_echo(self._step_s, self._folder)
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = load_echo(self._step_s, Path(folder))
+            return loaded, load_tokenizer(Path(folder)), read_tokenizer_files(Path(folder))
 
 
 class DefaultHandle:

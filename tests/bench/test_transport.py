@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from deployments.bench.echo_app import EchoReplica
+from deployments.replica import ModelReplica
 from torchweave_ray.bench.load.targets import run_in_loop
 from torchweave_ray.bench.transport.echo import ECHO_ENGINE, byte_tokenizer, load_echo
 from torchweave_ray.bench.transport.measure import ROUTES, TransportConfig, measure
@@ -16,7 +20,7 @@ from torchweave_ray.cli.app import build_app
 from torchweave_ray.engine.async_engine import AsyncEngine
 from torchweave_ray.outputs import GenerateRequest
 from torchweave_ray.sampling_params import SamplingParams
-from torchweave_ray.tokenizer import load_tokenizer
+from torchweave_ray.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 SHORT = TransportConfig(concurrency=(1, 4), step_ms=2.0, output_len=8)
 
@@ -52,6 +56,17 @@ def test_one_process_is_measured() -> None:
         assert point.added_ttft_ms == pytest.approx(point.ttft_ms - SHORT.step_ms)
         assert 0 < point.texts_s <= point.tok_s
     assert set(lone.to_dict()) >= {"route", "cpu_ms_per_token", "added_ttft_ms", "texts_s"}
+
+
+def test_a_replica_loads_the_echo_in_place_of_its_artifact() -> None:
+    """A seam that moves fails here, not in a test of minutes."""
+    replica: Any = EchoReplica.__new__(EchoReplica)
+    replica._step_s = 0.0
+    assert "_load" in vars(ModelReplica)
+    loaded, tokenizer, files = asyncio.run(replica._load(None, ECHO_ENGINE, None))
+    assert loaded.info.id == "echo"
+    assert tokenizer.encode("ab") == byte_tokenizer().encode("ab").ids
+    assert TOKENIZER_FILE in files
 
 
 @pytest.mark.ray
