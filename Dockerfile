@@ -3,6 +3,7 @@
 #   cuda  what pip takes by itself on Linux
 #   cpu   needs an index or a folder that carries torch's CPU build:
 #         --build-arg PIP_EXTRA_INDEX_URL=... or --build-arg PIP_FIND_LINKS=...
+# Every package is one that locks/ names by hash, wherever it comes from; `make lock` renews them.
 # docs/operations.md says how it is run, and what of this was checked how.
 ARG PYTHON_VERSION=3.11
 ARG DEBIAN=bookworm
@@ -21,15 +22,13 @@ WORKDIR /src
 ARG DEVICE=cpu
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-COPY constraints.txt ./
+COPY locks/torch-*.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    torch=$(grep '^torch==' constraints.txt); \
-    case "$DEVICE" in \
-        cpu) torch="$torch+cpu" ;; \
-        cuda) ;; \
-        *) echo "DEVICE is cpu or cuda, not $DEVICE" >&2; exit 2 ;; \
-    esac; \
-    pip install -c constraints.txt "$torch"; \
+    if [ ! -e "locks/torch-$DEVICE.txt" ]; then echo "DEVICE is cpu or cuda, not $DEVICE" >&2; exit 2; fi; \
+    pip install --no-deps --require-hashes -r "locks/torch-$DEVICE.txt"
+COPY locks/requirements.txt locks/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --no-deps --require-hashes -r locks/requirements.txt; \
     python -c "import torch; assert (torch.version.cuda is None) == ('$DEVICE' == 'cpu'), torch.__version__"
 
 COPY pyproject.toml setup.py README.md LICENSE ./
@@ -38,11 +37,12 @@ COPY deployments deployments
 COPY optimizer optimizer
 # Without a compiler the wheel would come without its kernels: here that is an error.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip wheel --no-deps --wheel-dir /wheels .; \
+    pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .; \
     if [ "$(uname -m)" = x86_64 ]; then \
         python -m zipfile -l /wheels/*.whl | grep -F torchweave_ray/kernels/_cpu.so; \
     fi; \
-    pip install -c constraints.txt /wheels/*.whl
+    pip install --no-deps /wheels/*.whl; \
+    pip check
 
 FROM python:${PYTHON_VERSION}-slim-${DEBIAN}
 # tini reaps what Ray leaves behind; wget is what KubeRay's own probes and the health check call.

@@ -1,6 +1,6 @@
 # One command for people and CI. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow fuzz serve bench
+.PHONY: help setup check test test-slow fuzz lock serve bench
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -53,6 +53,9 @@ fuzz: setup ## mutated model files and calls, NUM of each kind
 	for kind in gguf safetensors artifact adapter; do \
 		$(BIN)/python -m tests.fuzz.readers $$kind --num $(NUM) --seed $(SEED) || exit 1; done
 	$(BIN)/python -m tests.fuzz.calls --num $(NUM) --seed $(SEED)
+
+lock: setup ## renew locks/, the hashes of what the image installs, after changing dependencies
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/lock.py
 
 serve: setup ## stage SmolLM2-135M-Instruct (or RECIPE=...) and serve it on port 8000
 	set -a; [ ! -f .env ] || . ./.env; set +a; exec $(BIN)/torchweave serve $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)

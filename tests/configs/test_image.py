@@ -49,8 +49,8 @@ def test_hadolint_has_nothing_to_say() -> None:
 def test_what_is_copied_exists_and_is_sent() -> None:
     rules = (ROOT / ".dockerignore").read_text().split("\n*\n")[1].split()
     sent = {rule[1:] for rule in rules if rule.startswith("!")}
-    assert {source for source in copied() if not (ROOT / source).exists()} == set()
-    assert set(copied()) == sent
+    assert {source for source in copied() if not [*ROOT.glob(source)]} == set()
+    assert {source.partition("/")[0] for source in copied()} == sent
     ignored = [rule for rule in rules if not rule.startswith("!")]
     assert any(fnmatch("torchweave_ray/kernels/_cpu.so", rule) for rule in ignored)
 
@@ -66,12 +66,6 @@ def test_the_final_image_has_no_compiler_and_no_root() -> None:
     (environment,) = (text for name, text in FINAL if name == "ENV")
     assert "RAY_AUTH_MODE=token" in environment
     assert "ARTIFACT_DIR=/artifacts" in environment
-
-
-def test_torch_is_the_version_that_is_tested() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    assert len([line for line in lines if line.startswith("torch==")]) == 1
-    assert "grep '^torch==' constraints.txt" in DOCKERFILE
 
 
 def test_compose_is_valid_by_the_specification() -> None:
