@@ -18,7 +18,7 @@ import typer
 from torchweave_ray.bench.origin import save_results
 from torchweave_ray.build import LoadedModel, build_engine, load_model
 from torchweave_ray.cli.artifact import artifact_of
-from torchweave_ray.config import EngineConfig
+from torchweave_ray.config import EngineConfig, RunnerConfig
 from torchweave_ray.outputs import GenerateRequest
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +26,8 @@ from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
 GUEST, FLOOD = "guest", "flood"
 SHARE = 0.5
 """Of the machine, for each of two tenants."""
+CONFIG = EngineConfig(runner=RunnerConfig(threads=1))
+"""One: this process has work of its own, and a step waits for the slowest thread."""
 CONDITIONS = {"alone": None, "flood of another tenant": FLOOD, "flood of his own": GUEST}
 
 
@@ -66,7 +68,7 @@ class Source:
 
 def measure(loaded: LoadedModel, tokenizer: Tokenizer, load: Load, beside: str) -> Measured:
     loaded.runner.reset()
-    engine = build_engine(loaded, EngineConfig(), tokenizer)
+    engine = build_engine(loaded, CONFIG, tokenizer)
     source = Source(loaded.info.vocab_size)
     tenant = CONDITIONS[beside]
     flooding: set[str] = set()
@@ -114,7 +116,7 @@ def main(
 ) -> None:
     artifact = artifact_of(model)
     tokenizer = load_tokenizer(artifact)
-    loaded = load_model(artifact, EngineConfig())
+    loaded = load_model(artifact, CONFIG)
     load = Load(requests=requests)
     measure(loaded, tokenizer, replace(load, requests=5, interval_s=0.1), "alone")  # to be warm
     points = [asdict(measure(loaded, tokenizer, load, beside)) for beside in CONDITIONS]
