@@ -6,6 +6,7 @@ Behind `torchweave serve`. Knows no signals, and sets no environment variables.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 import urllib.error
@@ -116,6 +117,18 @@ def _check(application: ServeApplicationSchema) -> None:
                     limits_of(model, user_config if isinstance(user_config, dict) else {})
 
 
+def _check_address(host: str, port: int) -> None:
+    """Ray would say it after ten seconds, in sixty lines; HAProxy would share it with another."""
+    try:
+        (family, kind, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = f"cannot listen on {host}:{port}: {error.strerror}"
+        raise ConfigError(f"{reason}; --host and --port choose another address") from error
+
+
 class Launch:
     def __init__(
         self, config: ServeDeploySchema, dashboard: bool, say: Callable[[str], None]
@@ -137,6 +150,7 @@ class Launch:
         log_through_serve()
         for application in self._config.applications:
             _check(application)
+        _check_address(self._config.http_options.host, self._config.http_options.port)
         try:
             self._timed("ray", self._start_ray)
             ray_has_started()

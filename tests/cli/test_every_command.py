@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,17 @@ def test_what_cannot_be_done_is_one_line_and_status_1(
     (line,) = (line for line in err.splitlines() if line.strip())
     assert line.startswith("error: ")
     assert said in line
+
+
+def test_a_port_that_is_taken_is_said_before_ray_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "torchweave_ray.cli", "serve", "--host", "127.0.0.1"]
+        ran = subprocess.run([*command, "--port", port], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "Ray" not in ran.stderr
+    *_, last = ran.stderr.splitlines()
+    assert last.startswith(f"error: cannot listen on 127.0.0.1:{port}: Address already in use; ")
 
 
 @pytest.mark.parametrize(
