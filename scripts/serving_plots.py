@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +29,10 @@ LOADS = {
         *("--rates", "0.5,1,2", "--duration", "12", *LEVEL),
     ),
 }
+SHOWN = (
+    *("clients-throughput", "arrivals-throughput", "arrivals-ttft", "arrivals-batch"),
+    *("conversations-throughput", "conversations-ttft"),
+)
 
 
 def main() -> None:
@@ -37,8 +43,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
     files = options.draw or list(_measure_all(options.recipes.split(","), options.results))
-    for load, chosen in _by_load(files).items():
-        _torchweave("plot", *map(str, chosen), "--out", str(options.out), "--name", load)
+    with tempfile.TemporaryDirectory() as folder:
+        for load, chosen in _by_load(files).items():
+            target = ("--out", folder, "--name", load, "--formats", "png")
+            _torchweave("plot", *map(str, chosen), *target)
+        for name in SHOWN:
+            shutil.copy(Path(folder) / f"{name}.png", options.out)
 
 
 def _measure_all(recipes: Sequence[str], results: Path) -> Iterator[Path]:
