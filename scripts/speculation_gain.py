@@ -40,6 +40,7 @@ STORIES = ("a lighthouse", "two rivers", "the first winter", "an old bicycle", "
 class Work:
     name: str
     concurrency: int
+    """So many of the prompts at a time, in a closed loop."""
     prompts: list[tuple[int, ...]]
 
 
@@ -82,18 +83,16 @@ def works(tokenizer: Tokenizer) -> list[Work]:
     summaries = [chat(f"{page}\n\nSummarise the text above in its own words.") for page in pages]
     stories = [chat(f"Tell me a story about {what}.") for what in STORIES]
     random_words = PromptSource(100, 11)
-    crowd = [tuple(tokenizer.encode(str(random_words.next_prompt()))) for _ in range(16)]
+    crowd = [tuple(tokenizer.encode(str(random_words.next_prompt()))) for _ in range(40)]
     return [
         Work("code editing", 1, edits),
         Work("summarising", 1, summaries),
         Work("open text", 1, stories),
         Work("random words", 1, crowd[:4]),
         Work(
-            "open text",
-            16,
-            [chat(f"Tell me about {s}, {n}.") for s in STORIES for n in "abcd"][:16],
+            "open text", 16, [chat(f"Tell me about {s}, {n}.") for s in STORIES for n in "abcdefgh"]
         ),
-        Work("random words", 16, crowd[:16]),
+        Work("random words", 16, crowd),
     ]
 
 
@@ -108,6 +107,7 @@ class Contender:
         self._engine = build_engine(load_model(artifact, config), config, self._tokenizer)
         self._number = 0
         self.seconds: list[float] = []
+        self._waiting: deque[GenerateRequest] = deque()
         self._tokens: dict[str, list[int]] = {}
         self._before = self.stats
 
@@ -123,14 +123,16 @@ class Contender:
         """A counter, since `begin`."""
         return int(getattr(self.stats, name) - getattr(self._before, name))
 
-    def take(self, prompts: Sequence[tuple[int, ...]], output_len: int) -> None:
-        """All of these at once."""
+    def take(self, prompts: Sequence[tuple[int, ...]], size: int, output_len: int) -> None:
+        """So many of these at a time."""
         sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
         self._tokens = {}
         for prompt in prompts:
             self._number += 1
             self._tokens[str(self._number)] = []
-            self._engine.add(GenerateRequest(str(self._number), "", prompt, sampling))
+            self._waiting.append(GenerateRequest(str(self._number), "", prompt, sampling))
+        for _ in range(size):
+            self._begin_next()
         self.seconds.append(0.0)
 
     def work(self, seconds: float) -> bool:
@@ -140,9 +142,15 @@ class Contender:
             for output in self._engine.step():
                 for delta in output.deltas:
                     self._tokens[output.request_id] += delta.token_ids
+                if output.is_last:
+                    self._begin_next()
             now = time.perf_counter()
         self.seconds[-1] += now - started
         return self._engine.has_work
+
+    def _begin_next(self) -> None:
+        if self._waiting:
+            self._engine.add(self._waiting.popleft())
 
     @property
     def texts(self) -> list[list[int]]:
@@ -151,12 +159,15 @@ class Contender:
 
 
 def race(
-    contenders: Sequence[Contender], prompts: Sequence[tuple[int, ...]], output_len: int
+    contenders: Sequence[Contender],
+    prompts: Sequence[tuple[int, ...]],
+    size: int,
+    output_len: int,
 ) -> None:
     """All do the same, a slice of time each in turns: a shared machine's pace changes within
     seconds, and so for all of them."""
     for each in contenders:
-        each.take(prompts, output_len)
+        each.take(prompts, size, output_len)
     waiting = deque(contenders)
     while waiting:
         each = waiting.popleft()
@@ -167,16 +178,16 @@ def race(
 def measure(
     contenders: dict[str, Contender], work: Work, rounds: int, output_len: int
 ) -> Iterator[Gain]:
-    """Everybody does the first prompts, then the next ones; who begins changes, too."""
+    """Races of one prompt each, or of all in a closed loop; who begins changes, too."""
     size, differ = work.concurrency, dict.fromkeys(contenders, 0)
-    batches = [work.prompts[i : i + size] for i in range(0, len(work.prompts), size)]
+    batches = [[prompt] for prompt in work.prompts] if size == 1 else [work.prompts]
     order = list(contenders)
     for number in range(rounds + 1):
         if number == 1:  # the first round is not counted
             for each in contenders.values():
                 each.begin()
         for batch in batches:
-            race([contenders[name] for name in order], batch, output_len)
+            race([contenders[name] for name in order], batch, size, output_len)
             order = [*order[1:], order[0]]
             for name, each in contenders.items():
                 differ[name] += each.texts != contenders["none"].texts
