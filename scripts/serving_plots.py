@@ -38,25 +38,28 @@ SHOWN = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipes", default="smollm2-135m,smollm2-135m-int8")
+    parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--draw", type=Path, nargs="*", help="These files; measure nothing.")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    files = options.draw or list(_measure_all(options.recipes.split(","), options.results))
+    recipes, loads = options.recipes.split(","), options.loads.split(",")
+    files = options.draw or list(_measure_all(recipes, loads, options.results))
     with tempfile.TemporaryDirectory() as folder:
         for load, chosen in _by_load(files).items():
             target = ("--out", folder, "--name", load, "--formats", "png")
             _torchweave("plot", *map(str, chosen), *target)
         for name in SHOWN:
-            shutil.copy(Path(folder) / f"{name}.png", options.out)
+            if (drawn := Path(folder) / f"{name}.png").exists():
+                shutil.copy(drawn, options.out)
 
 
-def _measure_all(recipes: Sequence[str], results: Path) -> Iterator[Path]:
+def _measure_all(recipes: Sequence[str], loads: Sequence[str], results: Path) -> Iterator[Path]:
     for recipe in recipes:
         with started_server(("--recipe", recipe, "--no-dashboard")) as server:
             wait_until_calm(server.pid)
-            for load in LOADS.values():
-                yield _measure(results, "--url", f"{recipe}={server.url}", *load)
+            for load in loads:
+                yield _measure(results, "--url", f"{recipe}={server.url}", *LOADS[load])
 
 
 def _by_load(files: Sequence[Path]) -> dict[str, list[Path]]:

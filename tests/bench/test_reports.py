@@ -44,6 +44,7 @@ def test_images_show_the_data_by_name(measured: Path, tmp_path: Path) -> None:
     }.items():
         for label in labels:
             assert f">{label}<" in texts[chart], (chart, label)
+    assert "service level" not in texts["a-throughput"] + texts["a-ttft"]
 
 
 def _texts(folder: Path) -> dict[str, str]:

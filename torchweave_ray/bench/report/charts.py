@@ -115,13 +115,13 @@ def _throughput(series: Sequence[Series], level: Level) -> Any:
         (row[0], "ttft_ms", "Time to first token, ms"),
         (row[1], "itl_ms", "Gap between texts (ITL), ms"),
     ):
+        medians = [[p[key]["p50"] for p in each.points if key in p] for each in series]
         for number, each in enumerate(series):
             points = [p for p in each.points if key in p]
-            p50, p99 = ([p[key][q] for p in points] for q in ("p50", "p99"))
-            x = [p["output_tok_s"] for p in points]
+            x, p99 = [p["output_tok_s"] for p in points], [p[key]["p99"] for p in points]
             axes.plot(x, p99, **_style(number, ls=(0, (1, 1.5)), lw=1.1, ms=3.5, alpha=0.75))
-            axes.plot(x, p50, **_style(number), label=each.name)
-            _mark_loads(axes, points, zip(x, p50, strict=True))
+            axes.plot(x, medians[number], **_style(number), label=each.name)
+            _mark_loads(axes, points, x, medians, number)
         if limit := level.get(key):
             axes.axhline(limit, **_LIMIT)
         axes.set(title=title, xlabel="output tokens a second")
@@ -130,14 +130,14 @@ def _throughput(series: Sequence[Series], level: Level) -> Any:
         _logarithmic(axes, "y", [p[key]["p50"] for s in series for p in s.points if key in p])
     if has_level:
         _draw_good(row[2], series)
-    _explain(figure, row[0])
+    _explain(figure, row[0], has_limit=bool({"ttft_ms", "itl_ms"} & level.keys()))
     return figure
 
 
 _LIMIT: Mapping[str, Any] = {"color": SOFT, "lw": 1.2, "ls": (0, (6, 4)), "zorder": 1}
 
 
-def _explain(figure: Any, axes: Any) -> None:
+def _explain(figure: Any, axes: Any, has_limit: bool) -> None:
     """Above all: the colours of targets, the strokes of what is shown of each."""
     from matplotlib.lines import Line2D
 
@@ -147,21 +147,22 @@ def _explain(figure: Any, axes: Any) -> None:
         Line2D([], [], color=SOFT, marker="o", ls=":", lw=1.1, ms=3.5),
     ]
     names += ["median", "p99"]
-    if any(line.get_linestyle() == "--" for line in axes.get_lines()):
+    if has_limit:
         handles.append(Line2D([], [], **_LIMIT))
         names.append("service level")
     figure.legend(handles, names, loc="outside upper left", ncols=len(names), columnspacing=1.6)
 
 
 def _draw_good(axes: Any, series: Sequence[Series]) -> None:
+    shares = [[100 * p["good_share"] for p in s.points if "good_share" in p] for s in series]
     for number, each in enumerate(series):
         points = [p for p in each.points if "good_share" in p]
-        x, y = [p["output_tok_s"] for p in points], [100 * p["good_share"] for p in points]
-        axes.plot(x, y, **_style(number), clip_on=False)
-        _mark_loads(axes, points, zip(x, y, strict=True), above=True)
+        x = [p["output_tok_s"] for p in points]
+        axes.plot(x, shares[number], **_style(number), clip_on=False)
+        _mark_loads(axes, points, x, shares, number)
     axes.set(title="Kept the service level, % of requests", xlabel="output tokens a second")
     axes.set_xlim(left=0)
-    axes.set_ylim(0, 108)
+    axes.set_ylim(-8, 108)
 
 
 def _style(number: int, **more: Any) -> dict[str, Any]:
@@ -172,14 +173,22 @@ def _style(number: int, **more: Any) -> dict[str, Any]:
 def _mark_loads(
     axes: Any,
     points: Sequence[Point],
-    places: Iterable[tuple[float, float]],
-    above: bool = False,
+    x: Sequence[float],
+    lines: Sequence[Sequence[float]],
+    number: int,
 ) -> None:
-    offset = (6, 5) if above else (6, -11)
-    paper = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75}
-    for point, at in zip(points, places, strict=True):
+    """Below the line, which is `lines[number]`; above the one that is the highest of several."""
+    highest = max(lines, key=lambda line: sum(line) / max(1, len(line)))
+    above = len(lines) > 1 and lines[number] is highest
+    place = {"xytext": (-4, 6) if above else (5, -11), "ha": "right" if above else "left"}
+    for point, at in zip(points, zip(x, lines[number], strict=True), strict=True):
         axes.annotate(
-            load_of(point), at, offset, textcoords="offset points", size=8, bbox=paper, zorder=3
+            load_of(point),
+            at,
+            textcoords="offset points",
+            size=8,
+            color=_style(number)["color"] if len(lines) > 1 else STYLE["text.color"],
+            **place,
         )
 
 
