@@ -138,6 +138,7 @@ def test_a_refusal_is_a_real_status(
     assert response.status_code == status
     assert response.headers["content-type"] == "application/json"
     assert response.headers.get("retry-after") == retry_after
+    assert ("retry-after-ms" in response.headers) == (retry_after is not None)
     if isinstance(refusal, RequestError):
         assert response.json() == refusal.body()
     else:

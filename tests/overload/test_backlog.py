@@ -255,6 +255,10 @@ def test_the_pace_is_that_of_the_last_seconds() -> None:
     for _ in range(300):
         pace.note(0.1, 5)
     assert pace.tokens_per_s == pytest.approx(50, rel=0.01)
+    for _ in range(300):  # every other step is of decodes only, and no place is free
+        pace.note(0.1, 5)
+        pace.note(0.1, 0, is_waiting=True)
+    assert pace.tokens_per_s == pytest.approx(25, rel=0.02)
 
 
 def test_requests_that_come_together_are_bounded_together() -> None:

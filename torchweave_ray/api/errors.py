@@ -36,10 +36,13 @@ INTERNAL_ERROR = "internal server error; the server's log has it under this x-re
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """Status, body and, when trying again makes sense, Retry-After in whole seconds."""
+    """Status, body and, when trying again makes sense, Retry-After: whole seconds, as HTTP has it,
+    and the milliseconds that OpenAI's clients read first."""
     headers = {}
     if isinstance(error, Overloaded | Unavailable) or error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1.0)))
+        seconds = error.retry_after or 1.0
+        headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+        headers["Retry-After-Ms"] = str(math.ceil(1e3 * seconds))
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 

@@ -73,7 +73,8 @@ def refusal_of(output: RequestOutput) -> DeadlineExceeded | None:
 
 
 class PromptPace:
-    """Prompt tokens a second beside the decodes there are; the last seconds count most."""
+    """Prompt tokens a second beside the decodes there are, and while prompts wait for decodes to
+    end; the last seconds count most."""
 
     def __init__(self) -> None:
         self._seconds = self._num_tokens = 0.0
@@ -82,9 +83,9 @@ class PromptPace:
     def tokens_per_s(self) -> float | None:
         return self._num_tokens / self._seconds if self._seconds >= _ENOUGH_S else None
 
-    def note(self, seconds: float, num_tokens: int) -> None:
-        """One step took so long and computed so many tokens of prompts."""
-        if num_tokens and seconds > 0:
+    def note(self, seconds: float, num_tokens: int, is_waiting: bool = False) -> None:
+        """One step took so long and computed so many tokens of prompts; `is_waiting`: more wait."""
+        if (num_tokens or is_waiting) and seconds > 0:
             kept = math.exp(-seconds / _MEMORY_S)
             self._seconds = self._seconds * kept + seconds
             self._num_tokens = self._num_tokens * kept + num_tokens
@@ -173,7 +174,8 @@ class Admission:
         self.forget_hits()
         if plan is not None:
             chunks = (entry.num_tokens for entry in plan.sequences if entry.num_tokens > 1)
-            self._pace.note(seconds, sum(chunks))
+            is_waiting = self._scheduler.num_waiting > 0
+            self._pace.note(seconds, sum(chunks), is_waiting)
 
     def lateness(self, state: RequestState, now: float) -> Late | None:
         """Whether a request's deadline has passed, or will have when its prompt is computed."""

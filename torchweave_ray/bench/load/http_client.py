@@ -11,7 +11,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urlsplit
 
 from torchweave_ray.errors import TorchWeaveError
@@ -30,6 +30,8 @@ class Exchange:
     chunks: tuple[tuple[float, bytes], ...]
     """(arrival, payload) of the body, transfer encoding removed."""
     ended_at: float
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """By lower-case name."""
 
     @property
     def body(self) -> bytes:
@@ -41,6 +43,7 @@ class ResponseParser:
 
     def __init__(self) -> None:
         self.status = 0
+        self.headers: dict[str, str] = {}
         self.chunks: list[tuple[float, bytes]] = []
         self.keep_alive = True
         self._buffer = bytearray()
@@ -81,6 +84,7 @@ class ResponseParser:
         if rest[0] == "1":  # 100 Continue and its like: the real head follows
             return self._read_head()
         self.status = int(rest[:3])
+        self.headers = headers
         self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         self.keep_alive = headers.get("connection", "").lower() != "close"
         if "content-length" in headers:
@@ -166,7 +170,8 @@ class Connection:
         parser = receiver.parser
         if not parser.keep_alive:
             self.close()
-        return Exchange(parser.status, sent_at, tuple(parser.chunks), ended_at)
+        chunks = tuple(parser.chunks)
+        return Exchange(parser.status, sent_at, chunks, ended_at, parser.headers)
 
     @property
     def num_chunks(self) -> int:
