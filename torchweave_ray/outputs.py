@@ -90,6 +90,7 @@ class GenerateRequest:
     ended, and before it begins as soon as its prompt cannot be computed in time."""
     cache_salt: str = ""
     """Requests share cached prefixes only with equal (tenant, cache_salt)."""
+    cache_group: str = ""  # of tenants that share them; it takes the tenant's place there
     grammar: str | None = None
     output_kind: OutputKind = OutputKind.TOKENS
     pooling: Pooling = Pooling.LAST  # for OutputKind.POOLED

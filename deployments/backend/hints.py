@@ -16,7 +16,8 @@ def with_hint(request: GenerateRequest, info: ModelInfo | None) -> GenerateReque
     ids = request.prompt_token_ids
     marks: tuple[tuple[int, bytes], ...] = ()
     if info is not None and not request.exclusive:
-        root = root_hash(info.artifact_id, request.tenant, request.cache_salt, request.adapter_id)
+        owner = request.cache_group or request.tenant
+        root = root_hash(info.artifact_id, owner, request.cache_salt, request.adapter_id)
         marks = prefix_marks(root, ids, info.block_size)
     return replace(request, routing=RoutingHint(len(ids), marks, request.session_id))
 

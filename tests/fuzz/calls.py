@@ -176,7 +176,7 @@ def make_call(rng: random.Random) -> Call:
 class Fuzzed:
     """The API over an engine of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         engine = Engine(
             EchoRunner(LIMITS),
             LetterDetokenizer(),
@@ -191,8 +191,9 @@ class Fuzzed:
         async def load(model_id: str) -> Tokenizer:
             return tokenizer
 
-        settings = ApiSettings(max_new_tokens=32, stream_keep_s=0.2)
-        self.app: Starlette = create_app(self.engine, load, settings)
+        short: dict[str, Any] = {"max_new_tokens": 32, "stream_keep_s": 0.2}
+        api = ApiSettings(**short | settings)
+        self.app: Starlette = create_app(self.engine, load, api)
 
     def is_empty(self) -> bool:
         stats = self.engine.snapshot()

@@ -291,3 +291,13 @@ def test_themes_and_names(page: Page) -> None:
         named = [n for n in nodes if n.get("role", {}).get("value") in used and not n["ignored"]]
         assert len(named) > 5
         assert [n for n in named if not n.get("name", {}).get("value")] == []
+
+
+def test_the_page_of_the_api_runs_under_its_own_policy(page: Page, url: str) -> None:
+    """Its script and style are allowed by hash; the console says so when one is not."""
+    page.open(url + "/docs")
+    assert page.wait("document.querySelectorAll('details').length") > 10
+    cursor = page.run("getComputedStyle(document.querySelector('summary')).cursor")
+    assert cursor == "pointer"
+    page.open(url + "/")
+    page.wait("document.getElementById('model').value")

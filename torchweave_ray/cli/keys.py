@@ -32,6 +32,9 @@ def add(
     name: Annotated[
         str | None, typer.Option("--id", help="What logs call it. Default: the tenant, numbered.")
     ] = None,
+    cache_group: Annotated[
+        str | None, typer.Option(help="Share the prefix cache with tenants of this group.")
+    ] = None,
     weight: Annotated[float, typer.Option(help="Share of the machine, among tenants.")] = 1.0,
     requests_per_minute: Annotated[int | None, typer.Option(help="Of all models.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and outputs.")] = None,
@@ -55,6 +58,7 @@ def add(
             id=name or _free_id(tenant, {each.id for each in keys}),
             sha256=digest_of(key),
             tenant=tenant,
+            cache_group=cache_group,
             weight=weight,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,

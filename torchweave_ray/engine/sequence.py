@@ -136,7 +136,10 @@ class Sequence:
         self.block_hashes: list[BlockHash] = []
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""
         self.root_hash = root_hash(
-            request.artifact_id, request.tenant, request.cache_salt, request.adapter_id
+            request.artifact_id,
+            request.cache_group or request.tenant,
+            request.cache_salt,
+            request.adapter_id,
         )
         self.fork_source: Sequence | None = None
         self.drafts: Acceptance | None = None

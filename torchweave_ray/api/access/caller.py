@@ -57,7 +57,9 @@ class Caller:
                 "priority",
                 "priority_not_allowed",
             )
-        return replace(request, tenant=key.tenant, weight=key.weight)
+        # A space is in no tenant's name: a group that is called like one is still another.
+        group = "" if key.cache_group is None else f"group {key.cache_group}"
+        return replace(request, tenant=key.tenant, weight=key.weight, cache_group=group)
 
 
 ANYBODY = Caller()

@@ -41,6 +41,9 @@ class ApiKey(BaseModel):
     """Of the key, in hexadecimal."""
     tenant: str = Field(max_length=64, pattern=_NAME)
     """Whose it is. Tenants share the machine by weight, and no prefix cache unless told to."""
+    cache_group: str | None = Field(default=None, max_length=64, pattern=_NAME)
+    """Tenants of one group share the prefix cache: each can then tell by the time of an answer
+    what another has asked."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """The share of the machine that its requests get where tenants compete."""
     requests_per_minute: int | None = Field(default=None, ge=1)

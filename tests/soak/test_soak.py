@@ -1,0 +1,17 @@
+"""Two minutes of it; `make soak` is the same for half an hour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.soak.soak import soak
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_two_minutes(tmp_path: Path) -> None:
+    report = soak(tmp_path, seconds=120)
+    print(report)
+    assert not report.problems
