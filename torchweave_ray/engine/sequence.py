@@ -135,11 +135,9 @@ class Sequence:
         """The first ones of the table: out of the window and others' by now, never read again."""
         self.block_hashes: list[BlockHash] = []
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""
+        owner = request.cache_group or request.tenant
         self.root_hash = root_hash(
-            request.artifact_id,
-            request.cache_group or request.tenant,
-            request.cache_salt,
-            request.adapter_id,
+            request.artifact_id, owner, request.cache_salt, request.adapter_id
         )
         self.fork_source: Sequence | None = None
         self.drafts: Acceptance | None = None
