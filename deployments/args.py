@@ -118,6 +118,8 @@ class ModelArgs(StrictModel):
     router: Literal["prefix", "default"] = "prefix"
     """prefix: the replica with the least to compute for a request; default: Ray Serve's own."""
     lora: LoraArgs | None = None
+    sleep_after_s: float | None = Field(default=None, gt=0)
+    """A replica without a request for so long gives weights and KV cache back, until the next."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """An `EngineConfig` as nested mappings."""
 

@@ -78,6 +78,7 @@ class ModelReplica:
             loaded.info,
             stats_interval_s=engine_config.stats_interval_s,
             after_step=self._bus.flush,
+            sleep_after_s=config.model.sleep_after_s,
         )
         self._engine.start()
         metrics = self._engine.meter.metrics
@@ -169,6 +170,11 @@ class ModelReplica:
 
     async def describe(self) -> Description:
         return Description(self._info, self._files, self._startup_s)
+
+    async def sleeping(self, want: bool | None) -> bool:
+        """Sleep while there is no work, wake up, or neither; whether it sleeps now."""
+        (asleep,) = (await self._engine.sleeping(None, want))[self._info.id]
+        return asleep
 
     async def stats(self) -> Stats:
         return self._engine.snapshot()

@@ -84,6 +84,9 @@ class Ready:
     async def info(self, model: str) -> ModelInfo:
         return self._info
 
+    async def sleeping(self, model: str | None, want: bool | None) -> dict[str, list[bool]]:
+        return {}
+
     async def stats(self) -> dict[str, Stats]:
         return {}
 

@@ -69,6 +69,7 @@ class FakeBackend:
         self.aborted: list[str] = []
         self.elsewhere: set[str] = set()
         """Call ids of requests that another ingress has running."""
+        self.asleep = False
         self.on_abort = asyncio.Event()
         self.on_request = asyncio.Event()
 
@@ -110,6 +111,10 @@ class FakeBackend:
         if model not in by_id:
             raise model_not_found(model, by_id)
         return by_id[model]
+
+    async def sleeping(self, model: str | None, want: bool | None) -> dict[str, list[bool]]:
+        self.asleep = self.asleep if want is None else want
+        return {info.id: [self.asleep] for info in self.infos if model in (None, info.id)}
 
     async def stats(self) -> dict[str, Stats]:
         return {info.id: Stats() for info in self.infos}

@@ -5,17 +5,15 @@ Knows every part's constructor and none's inside. Nothing here or below imports 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from torchweave_ray.config import EngineConfig
@@ -26,6 +24,8 @@ from torchweave_ray.engine.speculation.drafter import Drafter
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.hf.opening import open_executor
 from torchweave_ray.kernels.machine import fingerprint
+from torchweave_ray.loading.info import describe
+from torchweave_ray.loading.memory import ModelMemory
 from torchweave_ray.models.artifact import (
     WEIGHTS,
     Lease,
@@ -34,7 +34,7 @@ from torchweave_ray.models.artifact import (
     verify_artifact,
 )
 from torchweave_ray.models.config import ModelConfig, read_hf_config
-from torchweave_ray.models.executors import Placement, executor_name
+from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.lora.folder import AdapterSource
 from torchweave_ray.models.mapped_file import map_shared
 from torchweave_ray.models.native_executor import NativeExecutor
@@ -44,7 +44,6 @@ from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.adapters import AdapterStore, open_adapters
 from torchweave_ray.runner.backends import check_invariance, choose_kernels
 from torchweave_ray.runner.device import (
-    numerics_path,
     resolve_device,
     resolve_dtype,
     resolve_kv_dtype,
@@ -76,6 +75,8 @@ class LoadedModel:
     lease: Lease = field(default_factory=Lease)
     """Keeps the artifact from being deleted while its pages are mapped."""
     draft: LoadedDraft | None = None
+    memory: ModelMemory | None = None
+    """Lets go of weights and KV caches, and takes them again."""
 
 
 def load_model(
@@ -97,8 +98,7 @@ def load_model(
         lease = hold_artifact(artifact_dir)
         whole = None if weights is None else map_shared(weights)
         manifest = verify_artifact(artifact_dir, elsewhere=() if whole is None else (WEIGHTS,))
-        model = ModelConfig.from_hf(read_hf_config(artifact_dir))
-        _check_eos(model)
+        model = _checked(ModelConfig.from_hf(read_hf_config(artifact_dir)))
         spec = build_spec(model)
     device = resolve_device(config.runner.device)
     dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
@@ -108,7 +108,10 @@ def load_model(
         kind, block_size = config.runner.executor, config.cache.block_size
         kernels = choose_kernels(device, config.runner)
         placement = Placement(dtype, device, threads, kind, block_size, ops=kernels.ops)
-        executor = open_executor(artifact_dir, model, manifest, placement, kernels.attention, whole)
+        reopen = partial(
+            open_executor, artifact_dir, model, manifest, placement, kernels.attention, whole
+        )
+        executor = reopen()
         check_invariance(executor, config.runner)
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.
@@ -122,12 +125,12 @@ def load_model(
     with stages.timed("first_step"):
         run_first_step(runner)
     name = model_id or artifact_dir.absolute().name
-    info = _info(name, manifest, model, executor, runner, config, placement, kv_dtype)
-    info = replace(info, has_adapters=store is not None)
-    found = fingerprint(info.executor, threads) if device.type == "cpu" else {}
-    tuned = tuned_settings(artifact_dir, found, config.scheduler)
-    took = stages.seconds
-    return LoadedModel(runner, info, manifest, artifact_dir, tuned, took, store, lease, draft)
+    info = describe(name, manifest, model, executor, runner, config, placement, kv_dtype)
+    tuned = tuned_settings(artifact_dir, _machine(info, threads), config.scheduler)
+    memory = ModelMemory(runner, store, draft, reopen, None if whole is not None else artifact_dir)
+    return LoadedModel(
+        runner, info, manifest, artifact_dir, tuned, stages.seconds, store, lease, draft, memory
+    )
 
 
 def _open_draft(
@@ -142,35 +145,6 @@ def _open_draft(
     with stages.timed("draft_weights"):
         directory = Path(config.speculation.model)
         return OpenDraft(directory, artifact_dir, config, placement, executor)
-
-
-def _info(
-    name: str,
-    manifest: Manifest,
-    model: ModelConfig,
-    executor: Executor,
-    runner: ModelRunner,
-    config: EngineConfig,
-    placement: Placement,
-    kv_dtype: torch.dtype,
-) -> ModelInfo:
-    dtype, device = placement.dtype, placement.device
-    return ModelInfo(
-        id=name,
-        artifact_id=manifest.artifact_id,
-        numerics_id=_numerics_id(manifest, executor, dtype, kv_dtype, device),
-        architecture=model.architecture,
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        device=str(device),
-        dtype=_dtype_name(dtype),
-        executor=executor_name(executor),
-        max_model_len=runner.limits.max_model_len,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        block_size=runner.limits.block_size,
-        kv_dtype=_dtype_name(kv_dtype),
-        quantization=manifest.quantization,
-    )
 
 
 def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
@@ -192,32 +166,22 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
         ),
         drafter=None if proposer is None else Drafter(proposer, config.speculation),
         adapters=adapters,
+        memory=loaded.memory,
     )
 
 
-def _check_eos(model: ModelConfig) -> None:
+def _machine(info: ModelInfo, threads: int) -> Mapping[str, str | int]:
+    return fingerprint(info.executor, threads) if info.device == "cpu" else {}
+
+
+def _checked(model: ModelConfig) -> ModelConfig:
     for token_id in model.eos_token_ids:
         if token_id >= model.vocab_size:
             raise ArtifactError(
                 f"config.json: eos_token_id {token_id} is outside the vocabulary of "
                 f"{model.vocab_size}"
             )
-
-
-def _numerics_id(
-    manifest: Manifest,
-    executor: Executor,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    device: torch.device,
-) -> str:
-    path = executor.isa if isinstance(executor, NativeExecutor) else numerics_path(device)
-    parts = [manifest.artifact_id, executor.name, path, *map(_dtype_name, (dtype, kv_dtype))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return model
 
 
 class _Stages:

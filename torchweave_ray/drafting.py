@@ -7,6 +7,7 @@ the served model's threads and KV memory.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,9 +40,8 @@ from torchweave_ray.runner.backends import choose_kernels
 from torchweave_ray.runner.device import resolve_dtype, resolve_kv_dtype
 from torchweave_ray.runner.kv_cache import KVCache, KVShape
 from torchweave_ray.runner.model_runner import ModelRunner
-from torchweave_ray.runner.native_sampler import NativeSampler
+from torchweave_ray.runner.native_sampler import sampler_of
 from torchweave_ray.runner.opening import run_first_step
-from torchweave_ray.runner.sampler import sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,9 @@ class LoadedDraft:
     runner: ModelRunner
     share: float
     """Of the bytes that a step of the served model reads, those that one of its steps does."""
+    directory: Path
+    reopen: Callable[[Executor], Executor]
+    """Its weights again, beside a new executor of the served model."""
     lease: Lease = field(default_factory=Lease)
 
 
@@ -82,14 +85,16 @@ class OpenDraft:
         self._share = manifest.files[WEIGHTS].size / large.files[WEIGHTS].size
         dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
         self._kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, dtype)
-        team = executor.team if isinstance(executor, NativeExecutor) else None
-        self._executor = open_executor(
-            directory,
-            model,
-            manifest,
-            replace(placement, dtype=dtype, team=team),
-            choose_kernels(placement.device, config.runner).attention,
-        )
+        self._directory = directory
+        attention = choose_kernels(placement.device, config.runner).attention
+
+        def reopen(served: Executor) -> Executor:
+            team = served.team if isinstance(served, NativeExecutor) else None
+            own = replace(placement, dtype=dtype, team=team)
+            return open_executor(directory, model, manifest, own, attention)
+
+        self._reopen = reopen
+        self._executor = reopen(executor)
 
     def block_bytes(self, block_size: int) -> int:
         spec = self._spec
@@ -110,11 +115,10 @@ class OpenDraft:
         shape = KVShape(
             spec.num_layers, spec.num_kv_heads, own.block_size, spec.head_dim, self._kv_dtype
         )
-        sampler = NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample
         cache = KVCache(shape, own.num_blocks, device)
-        runner = ModelRunner(executor, cache, own, device, sampler)
+        runner = ModelRunner(executor, cache, own, device, sampler_of(executor))
         run_first_step(runner)
-        return LoadedDraft(runner, self._share, self._lease)
+        return LoadedDraft(runner, self._share, self._directory, self._reopen, self._lease)
 
 
 def check_same_tokens(

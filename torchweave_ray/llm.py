@@ -137,6 +137,20 @@ class LLM:
         """Seconds by stage of loading."""
         return self._loaded.startup_s
 
+    def sleep(self) -> None:
+        """Unmap the weights and free the KV cache until the next prompt, or `wake`. The prefix
+        cache is empty then; texts are what they would have been."""
+        self._engine.rest.sleep()
+
+    def wake(self) -> None:
+        """Be ready at once for the next prompt. Raises ArtifactError if the artifact was altered
+        while this slept."""
+        self._engine.rest.wake()
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._engine.rest.is_sleeping
+
     def stats(self) -> Stats:
         return self._engine.stats()
 

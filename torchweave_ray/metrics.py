@@ -56,6 +56,7 @@ _COUNTED = {
     "prefix_hit_tokens": ("num_prefix_hit_tokens", "Prompt tokens that the prefix cache had"),
     "preemptions": ("num_preemptions", "Sequences put back to the queue for want of memory"),
     "steps": ("num_steps", "Engine steps"),
+    "wakes": ("num_wakes", "Times that a sleeping engine was woken"),
 }
 """Counter: (field of `Stats`, meaning)."""
 _DRAFTED = {
@@ -188,6 +189,7 @@ class EngineMetrics(MetricSet):
             ("waiting_tokens", "Prompt tokens still to compute", stats.num_waiting_tokens),
             ("kv_usage_ratio", "Share of KV blocks that sequences hold", stats.kv_usage),
             ("kv_blocks", "KV blocks there are", stats.num_blocks),
+            ("asleep", "1 while the engine sleeps", stats.num_asleep),
             ("batch_utilization_ratio", "Of the limit", stats.num_running / self._max_num_seqs),
         ):
             yield GaugeMetricFamily(PREFIX + name, meaning, value=value)

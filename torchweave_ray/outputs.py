@@ -75,10 +75,8 @@ class GenerateRequest:
     sampling: SamplingParams
     artifact_id: str = ""
     """Refused when it is set and differs from what the replica serves."""
-    adapter: str = ""
-    """A LoRA adapter's name; `model` then ends with a colon and it."""
-    adapter_id: str = ""
-    """Hash of its content; refused when it is set and the name stands for something else."""
+    adapter: str = ""  # a LoRA adapter's name; `model` then ends with a colon and it
+    adapter_id: str = ""  # hash of its content; refused when the name stands for something else
     output_token_ids: tuple[int, ...] = ()
     emitted_chars: int = 0
     n: int = 1
@@ -235,8 +233,7 @@ class ModelInfo:
     quantization: Mapping[str, str] = field(default_factory=dict)
     """Format of the weights by tensor group; {}: they are `dtype`."""
     has_adapters: bool = False  # LoRA adapters may be asked for
-    adapter: str = ""
-    """Of a LoRA adapter its name; `id` is then the base model's, a colon and it."""
+    adapter: str = ""  # a LoRA adapter's name; `id` is then the base model's, a colon and it
     adapter_id: str = ""  # hash of its content; "": not looked at yet
 
     @property
@@ -269,10 +266,11 @@ class Stats:
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    """Draft tokens that their draws gave, too."""
+    num_accepted_tokens: int = 0  # draft tokens that their draws gave, too
     num_finished: int = 0
     num_failed: int = 0
+    num_asleep: int = 0  # 1: this engine sleeps
+    num_wakes: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -280,7 +278,8 @@ class Stats:
 
 
 class Backend(Protocol):
-    """Whatever can answer requests. Leaving the iterator early aborts the request."""
+    """Whatever can answer requests. Leaving the iterator early aborts the request. `sleeping`: have
+    replicas of a model, None: of all, sleep or wake up; by model, whether each sleeps then."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
         """Yield outputs until one `is_last`; raises RequestError before the first if refused."""
@@ -294,6 +293,8 @@ class Backend(Protocol):
     async def models(self) -> list[ModelInfo]: ...
 
     async def info(self, model: str) -> ModelInfo: ...  # ModelNotFound, or Unavailable as it starts
+
+    async def sleeping(self, model: str | None, want: bool | None) -> dict[str, list[bool]]: ...
 
     async def stats(self) -> dict[str, Stats]: ...  # by model id, summed over replicas
 

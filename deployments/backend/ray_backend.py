@@ -166,6 +166,13 @@ class RayBackend:
         if all(reasons):
             raise Unavailable("; ".join(filter(None, reasons)), None, None, 5.0)
 
+    async def sleeping(self, model: str | None, want: bool | None) -> dict[str, list[bool]]:
+        """See `Backend`; of the replicas that answer."""
+        clients = self.clients if model is None else {model: self._client(model)}
+        asked = (client.ask_all("sleeping", want) for client in clients.values())
+        answers = zip(clients, await asyncio.gather(*asked), strict=True)
+        return {name: [each for each in of if isinstance(each, bool)] for name, of in answers}
+
     async def stats(self) -> dict[str, Stats]:
         """By model, summed over the replicas that answer."""
         sums: dict[str, Stats] = {}

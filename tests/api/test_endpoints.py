@@ -140,3 +140,19 @@ def test_the_page_needs_nothing_from_outside(api: Api) -> None:
     assert page.headers["content-type"].startswith("text/html")
     assert "openapi.json" in page.text
     assert not re.search(r"(?:https?:)?//[a-z]", page.text)
+
+
+def test_replicas_sleep_and_wake_up(api: Api) -> None:
+    assert api.get("/is_sleeping").json() == {
+        "is_sleeping": False,
+        "models": {"tiny": {"replicas": 1, "sleeping": 0}},
+    }
+    assert api.post("/sleep").json()["is_sleeping"] is True
+    assert api.get("/is_sleeping?model=tiny").json()["is_sleeping"] is True
+    assert api.get("/health").json() == {"status": "ok", "asleep": ["tiny"]}
+    assert api.get("/model").json()["asleep"] is True
+    assert api.post("/wake_up").json()["models"] == {"tiny": {"replicas": 1, "sleeping": 0}}
+    assert api.get("/health").json() == {"status": "ok"}
+    answer = api.post("/sleep?model=other")
+    assert answer.status_code == 404
+    assert api.get("/sleep").status_code == 405

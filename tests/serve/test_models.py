@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torchweave_ray.errors import ConfigError, InvalidRequest, ModelNotFound
 
 PROMPT = "the quick brown fox"
 FIXED: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+NAMES = ("first", "org/second")
 BUNDLES = [{"CPU": 1.0}, {"CPU": 0.5}]
 
 
@@ -148,6 +151,30 @@ def test_the_request_chooses_over_http(two: Two) -> None:
         status, answer, _ = two.client.post(path, **_only(path, body))
         assert (status, answer["error"]["code"]) == (404, "model_not_found")
         assert "there is first, org/second" in answer["error"]["message"]
+
+
+@pytest.mark.ray
+def test_a_model_sleeps_and_a_request_wakes_a_replica_of_it(two: Two) -> None:
+    def text(model: str) -> str:
+        return two.client.text(PROMPT, model=model, **FIXED)
+
+    before = text("first")
+    status, answer, _ = two.client.post("/sleep?model=first")
+    assert (status, answer["models"]) == (200, {"first": {"replicas": 2, "sleeping": 2}})
+    assert two.client.get("/health") == (200, {"status": "ok", "asleep": ["first"]})
+    asleep = [two.client.get(f"/model?model={name}")[1]["asleep"] for name in NAMES]
+    assert asleep == [True, False]
+    series = re.findall(r"^torchweave_asleep{.*} (.*)$", two.client.get("/metrics")[1], re.M)
+    assert sorted(series) == ["0.0", "1.0", "1.0"]
+    with ThreadPoolExecutor(6) as pool:  # some arrive while the first one wakes it
+        assert set(pool.map(text, ["first"] * 6)) == {before}
+    assert two.client.get("/health") == (200, {"status": "ok"})
+    assert two.client.post("/wake_up")[1]["models"] == {
+        "first": {"replicas": 2, "sleeping": 0},
+        "org/second": {"replicas": 1, "sleeping": 0},
+    }
+    replicas = serve.get_deployment_handle("ModelReplica:first", "torchweave")
+    assert [stats.num_wakes for stats in replicas.broadcast("stats").results()] == [1, 1]
 
 
 def _only(path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,6 @@ def create_app(
 
 def _route(row: Row, settings: ApiSettings) -> Route:
     operation, handler = row
-    if operation.method == "POST":
+    if operation.method == "POST" and operation.bodies:
         handler = Endpoint(operation.path, handler, settings)
     return Route(operation.path, handler, methods=[operation.method])

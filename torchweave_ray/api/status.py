@@ -1,4 +1,4 @@
-"""Health for load balancers and people, and what the server says of its model."""
+"""Health, for load balancers and people; what the server says of its model; who sleeps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from torchweave_ray.api.access.caller import CALLER
 from torchweave_ray.api.service import Service
 from torchweave_ray.errors import RequestError
 
@@ -30,6 +31,7 @@ class StatusApi:
         try:
             async with asyncio.timeout(self._service.settings.health_timeout_s):
                 await self._check_health()
+                asleep = await self._asleep()
         except RequestError as error:
             reason = error.message
         except TimeoutError:
@@ -37,9 +39,14 @@ class StatusApi:
         except Exception:
             logger.exception("the health check failed")
             reason = "the health check failed; the server's log says why"
-        if reason is None:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
+        if reason is not None:
+            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
+        return JSONResponse({"status": "ok"} | ({"asleep": asleep} if asleep else {}))
+
+    async def _asleep(self) -> list[str]:
+        """Models of which every replica sleeps; a request wakes one."""
+        sleeping = await self._service.backend.sleeping(None, None)
+        return [model for model, asleep in sleeping.items() if asleep and all(asleep)]
 
     async def live(self, request: Request) -> Response:
         """This process runs; nothing is said of the model."""
@@ -63,5 +70,36 @@ class StatusApi:
             "executor": info.executor,
             "artifact_id": info.artifact_id,
             "numerics_id": info.numerics_id,
+            "asleep": info.base in await self._asleep(),
         }
         return JSONResponse(described)
+
+
+class RestApi:
+    """For an operator; `?model=` names a model, else all are meant."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def sleep(self, request: Request) -> Response:
+        """Those that have work stay awake: the answer says how many sleep."""
+        return await self._turn(request, True)
+
+    async def wake_up(self, request: Request) -> Response:
+        return await self._turn(request, False)
+
+    async def is_sleeping(self, request: Request) -> Response:
+        return await self._turn(request, None)
+
+    async def _turn(self, request: Request, want: bool | None) -> Response:
+        CALLER.get().check_operator(request.url.path)
+        name = request.query_params.get("model")
+        model = None if name is None else (await self._service.info(name)).base
+        sleeping = await self._service.backend.sleeping(model, want)
+        models = {
+            name: {"replicas": len(asleep), "sleeping": sum(asleep)}
+            for name, asleep in sleeping.items()
+        }
+        replicas = [is_asleep for asleep in sleeping.values() for is_asleep in asleep]
+        is_sleeping = bool(replicas) and all(replicas)
+        return JSONResponse({"is_sleeping": is_sleeping, "models": models})

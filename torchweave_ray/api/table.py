@@ -28,11 +28,12 @@ from torchweave_ray.api.requests import RequestsApi
 from torchweave_ray.api.responses.create import ResponsesApi
 from torchweave_ray.api.responses.schema import ResponsesBody
 from torchweave_ray.api.service import Service
-from torchweave_ray.api.status import CheckHealth, StatusApi
+from torchweave_ray.api.status import CheckHealth, RestApi, StatusApi
 from torchweave_ray.api.streams.resume import ByBody, StreamsApi
 
 Row = tuple[Operation, Callable[..., Any]]
-"""GET and DELETE take Starlette's request or are ASGI, POST takes an endpoint's `Call`."""
+"""GET, DELETE and a POST without a body take Starlette's request or are ASGI, another POST takes an
+endpoint's `Call`."""
 
 
 def paths(service: Service, check_health: CheckHealth) -> list[Row]:
@@ -57,6 +58,7 @@ def _about(service: Service, check_health: CheckHealth) -> list[Row]:
     status, tokens = StatusApi(service, check_health), TokensApi(service)
     models = ModelsApi(service, created=int(time.time()))
     requests, metrics = RequestsApi(service), MetricsApi(service.backend, service.metrics)
+    rest = RestApi(service)
     tokenize = (TokenizeBody, TokenizeChatBody)
     return [
         (Operation("GET", "/health", "whether a request would be answered now"), status.health),
@@ -66,6 +68,9 @@ def _about(service: Service, check_health: CheckHealth) -> list[Row]:
         (Operation("GET", "/model", "the model served, and its limits"), status.model),
         (Operation("GET", "/v1/models", "the models served"), models.all),
         (Operation("GET", "/v1/models/{model_id:path}", "one of them"), models.one),
+        (Operation("POST", "/sleep", "let idle replicas give their memory back"), rest.sleep),
+        (Operation("POST", "/wake_up", "load what sleeps before a request comes"), rest.wake_up),
+        (Operation("GET", "/is_sleeping", "whether all replicas sleep"), rest.is_sleeping),
         (Operation("DELETE", "/v1/requests/{request_id}", "stop a request"), requests.stop),
         (
             Operation("POST", "/tokenize", "token ids of a prompt or chat", tokenize),

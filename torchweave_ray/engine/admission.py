@@ -7,6 +7,7 @@ runs, and ends nothing itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 from torchweave_ray.deadline import Late
 from torchweave_ray.engine.budget import least_prefill_s, prompt_tokens_per_s
@@ -177,11 +178,17 @@ class Admission:
             is_waiting = self._scheduler.num_waiting > 0
             self._pace.note(seconds, sum(chunks), is_waiting)
 
-    def lateness(self, state: RequestState, now: float) -> Late | None:
-        """Whether a request's deadline has passed, or will have when its prompt is computed."""
+    def late(self, states: Iterable[RequestState], now: float) -> Iterator[tuple[str, Late]]:
+        """Ids of requests whose deadline has passed, or will have when their prompt is computed.
+        They may be ended meanwhile."""
+        for state in [state for state in states if state.request.deadline is not None]:
+            why = self._lateness(state, now)
+            if why is not None:
+                yield state.request.request_id, why
+
+    def _lateness(self, state: RequestState, now: float) -> Late | None:
         deadline = state.request.deadline
-        if deadline is None:
-            return None
+        assert deadline is not None
         if deadline <= now:
             return Late.PASSED
         if state.first_token_s is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -21,6 +22,8 @@ from torchweave_ray.engine.admission import refusal_of
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.grammar import polite_thread
 from torchweave_ray.engine.meter import Meter
+from torchweave_ray.engine.output.calls import Calls
+from torchweave_ray.engine.output.mailbox import Mailbox
 from torchweave_ray.errors import (
     EngineDead,
     InvalidRequest,
@@ -28,13 +31,7 @@ from torchweave_ray.errors import (
     TorchWeaveError,
     Unavailable,
 )
-from torchweave_ray.outputs import (
-    GenerateRequest,
-    ModelInfo,
-    RequestOutput,
-    Stats,
-    merge_outputs,
-)
+from torchweave_ray.outputs import GenerateRequest, ModelInfo, RequestOutput, Stats
 from torchweave_ray.reported import Reported
 
 logger = logging.getLogger(__name__)
@@ -54,11 +51,15 @@ class AsyncEngine:
         *,
         stats_interval_s: float = 10.0,
         after_step: Callable[[], None] | None = None,
+        sleep_after_s: float | None = None,
     ) -> None:
-        """`after_step` is called on the loop once all sinks of a step have been."""
+        """`after_step` is called on the loop once all sinks of a step have been. `sleep_after_s`:
+        idleness after which it sleeps."""
         self._engine = engine
         self._info = info
         self._after_step = after_step
+        self._sleep_after_s = sleep_after_s or math.inf
+        self._idle_s = 0.0
         self._capacity = engine.scheduler_config
         self._limits = engine.scheduler_config
         self._sinks: dict[str, Sink] = {}  # only the loop touches it
@@ -71,6 +72,7 @@ class AsyncEngine:
         self._idle.set()
         self._draining = False
         self._closing = False
+        self._calls = Calls(self._post, self._call_soon)
         self._death: BaseException | None = None
         self._last_beat = time.monotonic()
         self.meter = Meter(stats_interval_s, info.id, engine)
@@ -85,28 +87,12 @@ class AsyncEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestOutput]:
         """Outputs until the last; leaving early aborts. Raises RequestError when refused."""
-        mailbox: list[RequestOutput | TorchWeaveError] = []
-        arrived = asyncio.Event()
-
-        def sink(item: RequestOutput | TorchWeaveError) -> None:
-            mailbox.append(item)
-            arrived.set()
-
+        mailbox = Mailbox()
         await self.prepare(request)
-        self.add(request, sink)
+        self.add(request, mailbox.put)
         try:
-            while True:
-                await arrived.wait()
-                arrived.clear()
-                items = mailbox[:]
-                mailbox.clear()
-                outputs = [item for item in items if isinstance(item, RequestOutput)]
-                if outputs:  # a slow reader gets several steps merged
-                    yield merge_outputs(outputs)
-                if isinstance(items[-1], TorchWeaveError):
-                    raise items[-1]
-                if outputs[-1].is_last:
-                    return
+            async for output in mailbox.outputs():
+                yield output
         finally:
             self.abort(request.request_id)
 
@@ -153,6 +139,13 @@ class AsyncEngine:
     async def info(self, model: str) -> ModelInfo:
         return await served_model(model, self._info, self._engine.adapters)
 
+    async def sleeping(self, model: str | None, want: bool | None) -> dict[str, list[bool]]:
+        """Sleep if idle, wake up, or neither: whether it sleeps then."""
+        self.check_health()
+        if want is not None:
+            await self._calls.make(self._engine.rest.sleep if want else self._engine.rest.wake)
+        return {self._info.id: [self._engine.rest.is_sleeping]}
+
     async def stats(self) -> dict[str, Stats]:
         return {self._info.id: self.snapshot()}
 
@@ -169,11 +162,8 @@ class AsyncEngine:
         return self._limits.max_num_seqs
 
     def update_limits(self, **changes: Any) -> None:
-        """Change TUNABLE_LIMITS in place, within what the engine was started with.
-
-        Atomic and idempotent: limits that are not named go back to the engine's capacity.
-        Raises ConfigError naming the key.
-        """
+        """Change TUNABLE_LIMITS in place, within what the engine was started with, which those that
+        are not named go back to. Atomic; raises ConfigError naming the key."""
         self._limits = config = tuned_limits(self._capacity, changes)
         self._post(partial(self._engine.update_scheduler_config, config))
 
@@ -227,6 +217,7 @@ class AsyncEngine:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink(error)
+        self._calls.fail(error)
         self._note_idle()
 
     def _note_idle(self) -> None:
@@ -263,9 +254,14 @@ class AsyncEngine:
 
     def _wait(self) -> None:
         self.meter.pause()
-        arrived = self._wake.wait(_IDLE_BEAT_S)
         tick_s = self._limits.schedule_tick_ms / 1e3
-        if arrived and tick_s and not self._closing:
+        if not self._wake.wait(_IDLE_BEAT_S):
+            self._idle_s += _IDLE_BEAT_S
+            if self._idle_s >= self._sleep_after_s:
+                self._engine.rest.sleep()
+            return
+        self._idle_s = 0.0
+        if tick_s and not self._closing:
             time.sleep(tick_s)  # more may arrive, to share the first step
 
     def _drain_inbox(self) -> None:

@@ -149,6 +149,9 @@ class BlockManager:
         elif blocks:
             self._fenced.append((fence, blocks))
 
+    def forget_cache(self) -> None:
+        self._pool.forget()
+
     def pass_fence(self, step: int) -> None:
         """Step number `step` and all before it are done."""
         while self._fenced and self._fenced[0][0] <= step:

@@ -62,6 +62,12 @@ class BlockPool:
             self._hashes[block] = block_hash
             self._by_hash[block_hash] = block
 
+    def forget(self) -> None:
+        """No block holds anything any more; all are free."""
+        assert self.num_free == self.num_blocks, "a block is held"
+        self._by_hash.clear()
+        self._hashes = [None] * self.num_blocks
+
     def check_integrity(self, holders: dict[int, int]) -> None:
         """`holders` counts for each block the tables that hold it. I1-I3 of docs/structures.md."""
         for block, count in enumerate(self._ref_counts):

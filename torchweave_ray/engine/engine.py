@@ -9,14 +9,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 
 from torchweave_ray.config import CacheConfig, SchedulerConfig
 from torchweave_ray.engine.adapters.pool import AdapterPool
 from torchweave_ray.engine.admission import Admission, refuse_impossible
-from torchweave_ray.engine.counters import Counters
 from torchweave_ray.engine.grammar import Constraints
+from torchweave_ray.engine.output.counters import Counters
 from torchweave_ray.engine.output.output_processor import OutputProcessor
 from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits, StepPlan
+from torchweave_ray.engine.rest import Memory, Rest
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, SequenceUpdate
 from torchweave_ray.engine.speculation.drafter import Drafter
@@ -38,9 +40,10 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         drafter: Drafter | None = None,
         adapters: AdapterPool | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """`clock` is that of deadlines; without `grammars` or `adapters` a request with one is
-        refused."""
+        refused; `memory`: what the engine lets go of when it sleeps."""
         self._runner = runner
         self._artifact_id = artifact_id
         self._clock = clock
@@ -55,6 +58,7 @@ class Engine:
         self._pending: deque[PendingStep] = deque()
         self._ready: list[RequestOutput] = []  # of requests that ended between steps
         self._counters = Counters()
+        self.rest = Rest(memory, self._let_go)
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -92,6 +96,7 @@ class Engine:
         `is_bounded`: Overloaded when the backlog would grow beyond max_waiting_tokens.
         """
         self.check(request)
+        self.rest.wake()
         if request.request_id in self._states:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
         # Hashes cover the artifact, so that blocks of two models can never be taken for each other.
@@ -121,14 +126,11 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Advance by one step; the outputs of the oldest step in flight, if its turn has come."""
         started_at = self._clock()
-        self._expire(started_at)
-        for request_id, why in self.adapters.begin_step():
+        late = self.admission.late(self._states.values(), started_at)
+        for request_id, why in chain(late, self.adapters.begin_step()):
             self._end(request_id, FinishReason.ERROR, why)
         plan = self._scheduler.schedule()
-        for seq_id in self._scheduler.released:
-            for each in self._holders:
-                each.release(seq_id)
-        self._scheduler.released.clear()
+        self._forget_released()
         if plan is not None:
             if self._constraints:
                 plan = self._constrained(plan)
@@ -150,7 +152,7 @@ class Engine:
         return ready
 
     def stats(self) -> Stats:
-        return self._counters.stats(self._scheduler)
+        return self._counters.stats(self._scheduler, self.rest)
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and for an idle engine."""
@@ -162,6 +164,23 @@ class Engine:
         for each in self._holders:
             each.close()
 
+    def _forget_released(self) -> None:
+        for seq_id in self._scheduler.released:
+            for each in self._holders:
+                each.release(seq_id)
+        self._scheduler.released.clear()
+
+    def _let_go(self) -> bool:
+        """Of prefixes and adapters; False, and nothing done, while there is work."""
+        if self.has_work or self.adapters.is_loading:
+            return False
+        self._forget_released()
+        self._scheduler.blocks.forget_cache()
+        if self.drafter is not None:
+            self.drafter.forget_cache()
+        self.adapters.forget()
+        return True
+
     def _constrained(self, plan: StepPlan) -> StepPlan:
         """The plan with its bitmask; a sequence whose grammar cannot go on ends here."""
         plan, failed = self._constraints.apply(plan)
@@ -169,13 +188,6 @@ class Engine:
             self._scheduler.finish(seq, FinishReason.ERROR, error=why)
             self._emit(self._outputs.process([SequenceUpdate(seq)]))
         return plan
-
-    def _expire(self, now: float) -> None:
-        timed = [state for state in self._states.values() if state.request.deadline is not None]
-        for state in timed:
-            why = self.admission.lateness(state, now)
-            if why is not None:
-                self._end(state.request.request_id, FinishReason.ERROR, why)
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None) -> None:
         state = self._states.get(request_id)

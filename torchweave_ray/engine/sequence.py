@@ -6,12 +6,11 @@ Only data and the questions one may ask of it; who runs and who leaves is the sc
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torchweave_ray.block_hash import BlockHash, root_hash
-from torchweave_ray.engine.plan import IN_FLIGHT, ScheduledSequence, StepOutput
+from torchweave_ray.engine.plan import IN_FLIGHT
 from torchweave_ray.outputs import FinishReason, GenerateRequest, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -58,22 +57,6 @@ class RequestState:
     @property
     def needs_prompt_logprobs(self) -> bool:
         return len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
-
-    def add_pooled(self, entry: ScheduledSequence, values: Iterable[float]) -> bool:
-        """Note what one chunk's positions gave; True when it was the prompt's last."""
-        end, num_prompt = entry.start + entry.num_tokens, entry.num_prompt_tokens
-        if entry.output is StepOutput.POOL_ALL:
-            values = [value / num_prompt for value in values]
-            if self.pooled is not None and entry.start > 0:  # from 0: it begins anew
-                values = [old + new for old, new in zip(self.pooled, values, strict=True)]
-        self.pooled = tuple(values)
-        return end == num_prompt
-
-    def add_prompt_logprobs(self, start: int, logprobs: Iterable[TokenLogprobs]) -> None:
-        """Those of the tokens after positions `start`..; ones known already are dropped."""
-        for position, entry in enumerate(logprobs, start + 1):
-            if position == len(self.prompt_logprobs):
-                self.prompt_logprobs.append(entry)
 
 
 class Sequence:

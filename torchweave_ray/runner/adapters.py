@@ -88,6 +88,14 @@ class AdapterStore:
         """Let go of all that is loaded."""
         self.loaded.clear()
 
+    def release_memory(self) -> None:
+        self.reset()
+        del self._executor
+
+    def restore_memory(self, executor: Executor) -> None:
+        assert isinstance(executor, Adaptable)
+        self._executor = executor
+
     def _find(self, name: str) -> str:
         folder = None
         try:

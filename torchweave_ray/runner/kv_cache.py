@@ -103,6 +103,12 @@ class KVCache:
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
+        self._size = shape, num_blocks, device
+        self.open()
+
+    def open(self) -> None:
+        """Take the memory, again after `close`."""
+        shape, num_blocks, device = self._size
         dims = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, shape.block_size)
         self._parts = [_zeros((*dims, shape.head_dim), shape.dtype, device)]
         if shape.dtype == torch.int8:

@@ -140,6 +140,15 @@ class ModelRunner:
         self.reset()
         self._kv_cache.close()
 
+    def release_memory(self) -> None:
+        """Between steps, of no sequence: executor and KV cache are gone until `restore_memory`."""
+        self.close()
+        del self._executor, self._sample
+
+    def restore_memory(self, executor: Executor, sampler: Sampler) -> None:
+        self._executor, self._sample = executor, sampler
+        self._kv_cache.open()
+
     def _pool(self, chunks: Sequence[Chunk], collected: _Collected) -> None:
         """Pooling sequences make a batch of their own: their head is another."""
         inputs = self._inputs(chunks)

@@ -12,14 +12,12 @@ from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
 from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.models.config import ModelConfig
-from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.spec import DecoderSpec, Executor
 from torchweave_ray.runner.adapters import AdapterStore
 from torchweave_ray.runner.device import free_memory
 from torchweave_ray.runner.kv_cache import KVCache, KVShape, size_kv_cache
 from torchweave_ray.runner.model_runner import ModelRunner
-from torchweave_ray.runner.native_sampler import NativeSampler
-from torchweave_ray.runner.sampler import sample
+from torchweave_ray.runner.native_sampler import sampler_of
 from torchweave_ray.sampling_params import SamplingParams
 
 
@@ -54,10 +52,9 @@ def open_runner(
         model.eos_token_ids,
         kept_positions=_kept_positions(model),
     )
-    sampler = NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample
     kv_cache = KVCache(shape, size.num_blocks, device)
     loaded = {} if store is None else store.loaded
-    return ModelRunner(executor, kv_cache, limits, device, sampler, loaded)
+    return ModelRunner(executor, kv_cache, limits, device, sampler_of(executor), loaded)
 
 
 def _kept_positions(model: ModelConfig) -> int | None:

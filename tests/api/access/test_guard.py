@@ -154,6 +154,16 @@ def test_metrics_want_an_operators_key(guarded: Guarded) -> None:
     assert opened.get("/v1/models").status_code == 401
 
 
+def test_only_an_operator_lets_replicas_sleep(guarded: Guarded) -> None:
+    operator = ApiKey(id="o", sha256=digest_of("op"), tenant="ops", operator=True)
+    guarded.write(operator, ApiKey(id="good", sha256=digest_of(GOOD), tenant="us"))
+    operated = Api(guarded._runner, guarded.backend, ApiSettings(keys_file=str(guarded.path)))
+    for method, path in (("POST", "/sleep"), ("POST", "/wake_up"), ("GET", "/is_sleeping")):
+        refused = operated.request(method, path, headers={"x-api-key": GOOD})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "operator_only")
+        assert operated.request(method, path, headers={"x-api-key": "op"}).status_code == 200
+
+
 def test_a_browser_asks_for_the_key_as_a_password(guarded: Guarded) -> None:
     page = guarded.get("/")
     assert page.status_code == 401

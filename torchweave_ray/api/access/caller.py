@@ -39,6 +39,11 @@ class Caller:
                 "model_not_allowed",
             )
 
+    def check_operator(self, path: str) -> None:
+        """Raises Forbidden: what this does, all tenants feel."""
+        if self.key is not None and not self.key.operator:
+            raise Forbidden(f"{path} needs an operator's key", None, "operator_only")
+
     def seen(self, info: ModelInfo) -> ModelInfo:
         """The model as this caller may use it."""
         most = None if self.key is None else self.key.max_context

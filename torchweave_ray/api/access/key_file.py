@@ -57,7 +57,7 @@ class ApiKey(BaseModel):
     max_priority: int = 0
     """The highest `priority` that its requests may ask for."""
     operator: bool = False
-    """May also read /metrics, which tells of all tenants."""
+    """May also read /metrics, which tells of all tenants, and let replicas sleep."""
     created: AwareDatetime | None = None
     expires: AwareDatetime | None = None
     note: str = ""

@@ -131,8 +131,20 @@ class AdapterPool:
         """For a moment, if something is being loaded: there is nothing else to do."""
         wait([p.loading for p in self._places.values() if p.loading is not None], _WAIT_S)
 
+    def forget(self) -> None:
+        """Let go of all: nobody holds one, and none is being loaded."""
+        for adapter_id, place in self._places.items():
+            assert place.loading is None, "it is being loaded"
+            assert not place.holders, "a request uses it"
+            self._adapters.drop(adapter_id)
+        self._places.clear()
+
     def close(self) -> None:
         self._loader.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def is_loading(self) -> bool:
+        return any(p.loading is not None for p in self._places.values())
 
     @property
     def num_loaded(self) -> int:

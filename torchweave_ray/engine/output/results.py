@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from torchweave_ray.engine.plan import IN_FLIGHT, StepOutput, StepResult
-from torchweave_ray.engine.sequence import SequenceUpdate
+from torchweave_ray.engine.plan import IN_FLIGHT, ScheduledSequence, StepOutput, StepResult
+from torchweave_ray.engine.sequence import RequestState, SequenceUpdate
 from torchweave_ray.engine.step_builder import ScheduledItem
-from torchweave_ray.outputs import FinishReason
+from torchweave_ray.outputs import FinishReason, TokenLogprobs
 
 if TYPE_CHECKING:
     from torchweave_ray.engine.scheduler import Scheduler
@@ -33,14 +33,34 @@ def apply_result(
         if seq.epoch == item.epoch:
             scheduler.blocks.commit(seq, entry.start, entry.start + entry.num_tokens)
         if entry.output is StepOutput.PROMPT_LOGPROBS:
-            seq.state.add_prompt_logprobs(entry.start, result.prompt_logprobs[seq.seq_id])
+            _add_prompt_logprobs(seq.state, entry.start, result.prompt_logprobs[seq.seq_id])
         elif entry.output in (StepOutput.POOL, StepOutput.POOL_ALL):
-            if seq.state.add_pooled(entry, result.pooled[seq.seq_id]):
+            if _add_pooled(seq.state, entry, result.pooled[seq.seq_id]):
                 scheduler.finish(seq, FinishReason.STOP)
                 updates.append(SequenceUpdate(seq))
         elif entry.output is StepOutput.SAMPLE:
             updates.append(_append(scheduler, item, result, row))
     return updates
+
+
+def _add_pooled(state: RequestState, entry: ScheduledSequence, values: Iterable[float]) -> bool:
+    """Note what one chunk's positions gave; True when it was the prompt's last."""
+    end, num_prompt = entry.start + entry.num_tokens, entry.num_prompt_tokens
+    if entry.output is StepOutput.POOL_ALL:
+        values = [value / num_prompt for value in values]
+        if state.pooled is not None and entry.start > 0:  # from 0: it begins anew
+            values = [old + new for old, new in zip(state.pooled, values, strict=True)]
+    state.pooled = tuple(values)
+    return end == num_prompt
+
+
+def _add_prompt_logprobs(
+    state: RequestState, start: int, logprobs: Iterable[TokenLogprobs]
+) -> None:
+    """Those of the tokens after positions `start`..; ones known already are dropped."""
+    for position, entry in enumerate(logprobs, start + 1):
+        if position == len(state.prompt_logprobs):
+            state.prompt_logprobs.append(entry)
 
 
 def _append(

@@ -94,6 +94,10 @@ class DraftModel:
         rounds, self._rounds = self._rounds, []
         return rounds
 
+    def forget_cache(self) -> None:
+        assert not self._shadows, "a sequence is drafted for"
+        self._blocks.forget_cache()
+
     def close(self) -> None:
         self._shadows.clear()
         self._runner.close()

@@ -85,6 +85,10 @@ class Proposer(Protocol):
         """Since the last call."""
         ...
 
+    def forget_cache(self) -> None:
+        """What it holds for no sequence is gone."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -156,6 +160,9 @@ class Drafter:
 
     def release(self, seq_id: int) -> None:
         self._proposer.release(seq_id)
+
+    def forget_cache(self) -> None:
+        self._proposer.forget_cache()
 
     def close(self) -> None:
         self._proposer.close()

@@ -39,6 +39,9 @@ class NgramProposer:
     def take_rounds(self) -> list[Round]:
         return []
 
+    def forget_cache(self) -> None:
+        """There is none."""
+
     def close(self) -> None:
         self._known.clear()
 

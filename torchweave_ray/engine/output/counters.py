@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torchweave_ray.engine.rest import Rest
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.outputs import RequestOutput, Stats
 
@@ -25,7 +26,7 @@ class Counters:
         self.num_failed += is_failed
         self.num_finished += not is_failed
 
-    def stats(self, scheduler: Scheduler) -> Stats:
+    def stats(self, scheduler: Scheduler, rest: Rest) -> Stats:
         drafter = scheduler.drafter
         return Stats(
             num_running=scheduler.num_running,
@@ -44,4 +45,6 @@ class Counters:
             num_accepted_tokens=drafter.num_accepted_tokens if drafter else 0,
             num_finished=self.num_finished,
             num_failed=self.num_failed,
+            num_asleep=int(rest.is_sleeping),
+            num_wakes=rest.num_wakes,
         )

@@ -1,0 +1,1 @@
+"""A loaded model: how it describes itself, and its memory, let go and taken again."""
