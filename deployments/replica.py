@@ -92,6 +92,11 @@ class ModelReplica:
     async def _load(self, config: ReplicaConfig, engine: EngineConfig, weights: Any) -> Loaded:
         return await load_at_hand(config, engine, weights, self._startup_s)
 
+    def __del__(self) -> None:
+        """Called by Serve once this replica's last stream is over; never by a start that failed."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
     async def generate(self, request: GenerateRequest, stream_id: int) -> CallResult:
         """Tokens go by the bus to `request.delivery`; stays open until the last one has left."""
         with self._streams.keep(request):

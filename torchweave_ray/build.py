@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from torchweave_ray.config import EngineConfig
@@ -38,6 +39,7 @@ from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.lora.folder import AdapterSource
 from torchweave_ray.models.mapped_file import map_shared
 from torchweave_ray.models.native_executor import NativeExecutor
+from torchweave_ray.models.ops import Ops
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.outputs import ModelInfo
@@ -49,6 +51,7 @@ from torchweave_ray.runner.device import (
     resolve_kv_dtype,
     set_num_threads,
 )
+from torchweave_ray.runner.kv_spill import KVSpill, open_spill
 from torchweave_ray.runner.model_runner import ModelRunner
 from torchweave_ray.runner.opening import open_runner, run_first_step
 from torchweave_ray.tokenizer import Tokenizer
@@ -77,6 +80,8 @@ class LoadedModel:
     draft: LoadedDraft | None = None
     memory: ModelMemory | None = None
     """Lets go of weights and KV caches, and takes them again."""
+    spill: KVSpill | None = None
+    """Where blocks of the KV cache outlive the process."""
 
 
 def load_model(
@@ -90,8 +95,7 @@ def load_model(
     [bytes] where the folder has none: shared memory that others map too, and that was checked.
     `adapters`: of a `lora.source` that is no folder of this machine.
 
-    Raises ArtifactError naming the file or tensor at fault, or ConfigError with the numbers when
-    the configuration does not fit this machine.
+    Raises ArtifactError naming the file or tensor, ConfigError with what does not fit this machine.
     """
     stages = _Stages()
     with stages.timed("verify"):
@@ -101,13 +105,10 @@ def load_model(
         model = _checked(ModelConfig.from_hf(read_hf_config(artifact_dir)))
         spec = build_spec(model)
     device = resolve_device(config.runner.device)
-    dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
-    kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, dtype)
-    threads = set_num_threads(config.runner.threads or tuned_threads(artifact_dir))
+    kernels = choose_kernels(device, config.runner)
+    placement = _placement(artifact_dir, manifest, config, device, kernels.ops)
+    kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, placement.dtype)
     with stages.timed("weights"):
-        kind, block_size = config.runner.executor, config.cache.block_size
-        kernels = choose_kernels(device, config.runner)
-        placement = Placement(dtype, device, threads, kind, block_size, ops=kernels.ops)
         reopen = partial(
             open_executor, artifact_dir, model, manifest, placement, kernels.attention, whole
         )
@@ -119,17 +120,37 @@ def load_model(
     opened = _open_draft(artifact_dir, config, placement, executor, stages)
     with stages.timed("kv_cache"):
         store = open_adapters(config.lora, adapters, model, executor)
-        beside = 0 if opened is None else opened.block_bytes(block_size)
+        beside = 0 if opened is None else opened.block_bytes(placement.block_size)
         runner = open_runner(executor, spec, model, config, kv_dtype, device, store, beside)
         draft = None if opened is None else opened.start(runner.limits, device)
     with stages.timed("first_step"):
         run_first_step(runner)
     name = model_id or artifact_dir.absolute().name
     info = describe(name, manifest, model, executor, runner, config, placement, kv_dtype)
-    tuned = tuned_settings(artifact_dir, _machine(info, threads), config.scheduler)
+    tuned = tuned_settings(artifact_dir, _machine(info, placement), config.scheduler)
     memory = ModelMemory(runner, store, draft, reopen, None if whole is not None else artifact_dir)
+    spill = open_spill(config.cache.spill, info, runner.kv_cache)
+    took = stages.seconds
     return LoadedModel(
-        runner, info, manifest, artifact_dir, tuned, stages.seconds, store, lease, draft, memory
+        runner, info, manifest, artifact_dir, tuned, took, store, lease, draft, memory, spill
+    )
+
+
+def _placement(
+    artifact_dir: Path,
+    manifest: Manifest,
+    config: EngineConfig,
+    device: torch.device,
+    ops: Ops | None,
+) -> Placement:
+    """Sets torch's threads, too."""
+    return Placement(
+        resolve_dtype(config.runner.dtype, manifest.dtype),
+        device,
+        set_num_threads(config.runner.threads or tuned_threads(artifact_dir)),
+        config.runner.executor,
+        config.cache.block_size,
+        ops=ops,
     )
 
 
@@ -167,11 +188,13 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
         drafter=None if proposer is None else Drafter(proposer, config.speculation),
         adapters=adapters,
         memory=loaded.memory,
+        store=loaded.spill,
     )
 
 
-def _machine(info: ModelInfo, threads: int) -> Mapping[str, str | int]:
-    return fingerprint(info.executor, threads) if info.device == "cpu" else {}
+def _machine(info: ModelInfo, placement: Placement) -> Mapping[str, str | int]:
+    on_cpu = placement.device.type == "cpu"
+    return fingerprint(info.executor, placement.num_threads) if on_cpu else {}
 
 
 def _checked(model: ModelConfig) -> ModelConfig:

@@ -10,7 +10,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from torchweave_ray.errors import ConfigError, nearest
@@ -31,6 +31,19 @@ class StepCost:
 
 
 @dataclass(frozen=True, slots=True)
+class SpillConfig:
+    """Blocks of the prefix cache on a disk, in one file a process."""
+
+    path: str
+    """A folder for this model alone: files of other models in it are deleted."""
+    max_bytes: int = 4 << 30
+    """Of each file."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_bytes", self.max_bytes, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class CacheConfig:
     block_size: int = 16
     """Tokens a block of KV cache. The native executor takes multiples of 16."""
@@ -43,8 +56,12 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     watermark: float = 0.01
     """Share of blocks kept free when admitting, so that running sequences can grow."""
+    spill: SpillConfig | None = None
+    """Where cached prefixes outlive the process; None: nowhere."""
 
     def __post_init__(self) -> None:
+        if self.spill is not None and not self.enable_prefix_caching:
+            raise ConfigError("cache.spill is set, but cache.enable_prefix_caching is false")
         _at_least("block_size", self.block_size, 1)
         _at_least("replicas_per_node", self.replicas_per_node, 1)
         if self.kv_memory != "auto":
@@ -221,6 +238,10 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], path: str) -> T:
         if key not in known:
             raise ConfigError(f"unknown key {path}.{key}{nearest(str(key), known)}")
         kwargs[key] = _coerce(value, hints[key], f"{path}.{key}")
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        is_required = f.default is MISSING and f.default_factory is MISSING
+        if is_required and f.name not in kwargs:
+            raise ConfigError(f"{path}.{f.name} is required")
     return cls(**kwargs)
 
 

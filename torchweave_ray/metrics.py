@@ -56,6 +56,9 @@ _COUNTED = {
     "prefix_hit_tokens": ("num_prefix_hit_tokens", "Prompt tokens that the prefix cache had"),
     "preemptions": ("num_preemptions", "Sequences put back to the queue for want of memory"),
     "steps": ("num_steps", "Engine steps"),
+    "spill_restored_tokens": ("num_restored_tokens", "Cached tokens read back from the disk"),
+    "spill_saved_blocks": ("num_saved_blocks", "Cached blocks written to the disk"),
+    "spill_damaged_blocks": ("num_damaged_blocks", "Blocks on the disk that were not whole"),
     "wakes": ("num_wakes", "Times that a sleeping engine was woken"),
 }
 """Counter: (field of `Stats`, meaning)."""

@@ -217,8 +217,7 @@ class ModelInfo:
 
     id: str
     artifact_id: str
-    numerics_id: str
-    """Equal ids promise identical continuation on another replica."""
+    numerics_id: str  # equal ids promise identical continuation on another replica
     architecture: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
@@ -228,8 +227,7 @@ class ModelInfo:
     max_model_len: int
     max_num_seqs: int
     block_size: int
-    kv_dtype: str
-    """What the KV cache holds: int8, or `dtype`."""
+    kv_dtype: str  # what the KV cache holds: int8, or `dtype`
     quantization: Mapping[str, str] = field(default_factory=dict)
     """Format of the weights by tensor group; {}: they are `dtype`."""
     has_adapters: bool = False  # LoRA adapters may be asked for
@@ -255,8 +253,7 @@ class Stats:
     """Tokens that prompts, waiting or partly computed, still have to compute. What the prefix cache
     had of a waiting one when it was last looked up does not count."""
     num_blocks: int = 0
-    num_free_blocks: int = 0
-    """Blocks no sequence holds; cached ones count as free."""
+    num_free_blocks: int = 0  # those no sequence holds; cached ones count as free
     num_steps: int = 0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
@@ -269,6 +266,9 @@ class Stats:
     num_accepted_tokens: int = 0  # draft tokens that their draws gave, too
     num_finished: int = 0
     num_failed: int = 0
+    num_restored_tokens: int = 0  # of cached blocks that came back from the disk
+    num_saved_blocks: int = 0
+    num_damaged_blocks: int = 0
     num_asleep: int = 0  # 1: this engine sleeps
     num_wakes: int = 0
 

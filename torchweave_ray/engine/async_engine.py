@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[RequestOutput | TorchWeaveError], None]
 """Called on the loop with each output; an error is the last thing it hears."""
 
-_IDLE_BEAT_S = 1.0
+_IDLE_BEAT_S, _SAVE_BEAT_S = 1.0, 0.1
 _STUCK_S = 120.0
 
 
@@ -59,9 +59,8 @@ class AsyncEngine:
         self._info = info
         self._after_step = after_step
         self._sleep_after_s = sleep_after_s or math.inf
-        self._idle_s = 0.0
-        self._capacity = engine.scheduler_config
-        self._limits = engine.scheduler_config
+        self._idle_s, self._beat_s = 0.0, _IDLE_BEAT_S
+        self._capacity = self._limits = engine.scheduler_config
         self._sinks: dict[str, Sink] = {}  # only the loop touches it
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -255,12 +254,13 @@ class AsyncEngine:
     def _wait(self) -> None:
         self.meter.pause()
         tick_s = self._limits.schedule_tick_ms / 1e3
-        if not self._wake.wait(_IDLE_BEAT_S):
-            self._idle_s += _IDLE_BEAT_S
+        if not self._wake.wait(self._beat_s):
+            self._idle_s += self._beat_s
+            self._beat_s = _SAVE_BEAT_S if self._engine.spill.save() else _IDLE_BEAT_S
             if self._idle_s >= self._sleep_after_s:
                 self._engine.rest.sleep()
             return
-        self._idle_s = 0.0
+        self._idle_s, self._beat_s = 0.0, _IDLE_BEAT_S
         if tick_s and not self._closing:
             time.sleep(tick_s)  # more may arrive, to share the first step
 

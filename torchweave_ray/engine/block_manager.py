@@ -6,7 +6,8 @@ Knows blocks and sequences, not steps' budgets or who goes first.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice, takewhile
 
 from torchweave_ray.block_hash import BlockHash, next_hash
 from torchweave_ray.config import CacheConfig
@@ -32,6 +33,16 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> int:
         return self._pool.num_free
+
+    @property
+    def num_spare_blocks(self) -> int:
+        """Free beyond the watermark."""
+        return max(0, self._pool.num_free - self._watermark_blocks)
+
+    @property
+    def num_published(self) -> int:
+        """Grows with every block that becomes cached."""
+        return self._pool.num_committed
 
     @property
     def num_fenced_blocks(self) -> int:
@@ -66,6 +77,38 @@ class BlockManager:
         if partial is not None:
             return seq.num_prompt_tokens - 1
         return len(blocks) * self.block_size
+
+    def sought_hashes(self, seq: Sequence) -> list[BlockHash]:
+        """Hashes of what `shared_prefix` looks for in the cache; []: it does not."""
+        request = seq.state.request
+        is_sought = request.output_kind is OutputKind.TOKENS and not request.exclusive
+        if not is_sought or not self._enable_prefix_caching or seq.fork_source is not None:
+            return []
+        return [
+            self._block_hash(seq, index)
+            for index in range((len(seq.token_ids) - 1) // self.block_size)
+        ]
+
+    def num_cached_blocks(self, hashes: list[BlockHash]) -> int:
+        """Of the first ones."""
+        cached = takewhile(lambda each: self._pool.lookup(each) is not None, hashes)
+        return sum(1 for _ in cached)
+
+    def cached(self, limit: int) -> Iterator[tuple[BlockHash, int]]:
+        """Blocks that nobody holds, the last used ones first."""
+        return islice(self._pool.cached(), limit)
+
+    def adopt(self, seq: Sequence, hashes: list[BlockHash]) -> list[int]:
+        """Blocks for content that follows what the cache has of a sequence, as many as there are
+        to spare: the caller fills them. They are cached as if it had just released them."""
+        held = self._match_prefix(seq)
+        for block in held:
+            self._pool.acquire(block)
+        blocks = [self._pool.allocate() for _ in hashes[: self.num_spare_blocks]]
+        for block, block_hash in zip(blocks, hashes, strict=False):
+            self._pool.commit(block, block_hash)
+        self._release([*held, *blocks][::-1])
+        return blocks
 
     def _match_prefix(self, seq: Sequence) -> list[int]:
         if not self._enable_prefix_caching:

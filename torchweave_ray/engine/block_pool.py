@@ -7,6 +7,7 @@ Knows nothing of sequences.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from torchweave_ray.block_hash import BlockHash
 
@@ -19,6 +20,8 @@ class BlockPool:
         self._by_hash: dict[BlockHash, int] = {}
         # Least recently released first; blocks without a hash are put in front.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.num_committed = 0
+        """Times that a block was published."""
 
     @property
     def num_free(self) -> int:
@@ -61,6 +64,14 @@ class BlockPool:
         if self._hashes[block] is None and block_hash not in self._by_hash:
             self._hashes[block] = block_hash
             self._by_hash[block_hash] = block
+            self.num_committed += 1
+
+    def cached(self) -> Iterator[tuple[BlockHash, int]]:
+        """Free blocks that hold something, the last released first."""
+        for block in reversed(self._free):
+            block_hash = self._hashes[block]
+            if block_hash is not None:
+                yield block_hash, block
 
     def forget(self) -> None:
         """No block holds anything any more; all are free."""

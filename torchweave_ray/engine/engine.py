@@ -15,10 +15,11 @@ from torchweave_ray.config import CacheConfig, SchedulerConfig
 from torchweave_ray.engine.adapters.pool import AdapterPool
 from torchweave_ray.engine.admission import Admission, refuse_impossible
 from torchweave_ray.engine.grammar import Constraints
+from torchweave_ray.engine.memory.rest import Memory, Rest
+from torchweave_ray.engine.memory.spill import BlockStore
 from torchweave_ray.engine.output.counters import Counters
 from torchweave_ray.engine.output.output_processor import OutputProcessor
 from torchweave_ray.engine.plan import PendingStep, Runner, RuntimeLimits, StepPlan
-from torchweave_ray.engine.rest import Memory, Rest
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, SequenceUpdate
 from torchweave_ray.engine.speculation.drafter import Drafter
@@ -41,14 +42,18 @@ class Engine:
         drafter: Drafter | None = None,
         adapters: AdapterPool | None = None,
         memory: Memory | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         """`clock` is that of deadlines; without `grammars` or `adapters` a request with one is
-        refused; `memory`: what the engine lets go of when it sleeps."""
+        refused; `memory`: what it lets go of when it sleeps; `store`: of cached blocks."""
         self._runner = runner
         self._artifact_id = artifact_id
         self._clock = clock
         self.adapters = adapters or AdapterPool()
-        self._scheduler = Scheduler(cache, scheduler, runner.limits, clock, drafter, self.adapters)
+        self._scheduler = Scheduler(
+            cache, scheduler, runner.limits, clock, drafter, self.adapters, store
+        )
+        self.spill = self._scheduler.spill
         self.drafter = drafter
         self._holders: list[Runner | Drafter] = [runner] if drafter is None else [runner, drafter]
         self.admission = Admission(self._scheduler, runner.limits)
@@ -58,7 +63,7 @@ class Engine:
         self._pending: deque[PendingStep] = deque()
         self._ready: list[RequestOutput] = []  # of requests that ended between steps
         self._counters = Counters()
-        self.rest = Rest(memory, self._let_go)
+        self.rest = Rest(memory, self, self._scheduler.blocks)
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -129,8 +134,9 @@ class Engine:
         late = self.admission.late(self._states.values(), started_at)
         for request_id, why in chain(late, self.adapters.begin_step()):
             self._end(request_id, FinishReason.ERROR, why)
+        self.spill.begin_step()
         plan = self._scheduler.schedule()
-        self._forget_released()
+        self.forget_released()
         if plan is not None:
             if self._constraints:
                 plan = self._constrained(plan)
@@ -138,6 +144,7 @@ class Engine:
             self._pending.append(self._runner.submit(plan))
         elif not self._pending:
             self.adapters.wait()
+            self.spill.wait()
         if self._pending and (plan is None or len(self._pending) > self.limits.step_depth):
             outputs = self._outputs.process(
                 self._scheduler.update(self._pending.popleft().result())
@@ -160,26 +167,14 @@ class Engine:
         assert self._scheduler.has_work or not self._states, "a request was forgotten"
 
     def close(self) -> None:
-        self.adapters.close()
-        for each in self._holders:
+        for each in (self.adapters, self.spill, *self._holders):
             each.close()
 
-    def _forget_released(self) -> None:
+    def forget_released(self) -> None:
         for seq_id in self._scheduler.released:
             for each in self._holders:
                 each.release(seq_id)
         self._scheduler.released.clear()
-
-    def _let_go(self) -> bool:
-        """Of prefixes and adapters; False, and nothing done, while there is work."""
-        if self.has_work or self.adapters.is_loading:
-            return False
-        self._forget_released()
-        self._scheduler.blocks.forget_cache()
-        if self.drafter is not None:
-            self.drafter.forget_cache()
-        self.adapters.forget()
-        return True
 
     def _constrained(self, plan: StepPlan) -> StepPlan:
         """The plan with its bitmask; a sequence whose grammar cannot go on ends here."""

@@ -15,6 +15,7 @@ from torchweave_ray.engine.adapters.pool import AdapterPool
 from torchweave_ray.engine.block_manager import BlockManager
 from torchweave_ray.engine.budget import StepBudget
 from torchweave_ray.engine.fairness import FairShares
+from torchweave_ray.engine.memory.spill import BlockStore, Spill
 from torchweave_ray.engine.output.results import apply_result
 from torchweave_ray.engine.plan import RuntimeLimits, StepPlan, StepResult
 from torchweave_ray.engine.sequence import RequestState, Sequence, SequenceStatus, SequenceUpdate
@@ -33,11 +34,13 @@ class Scheduler:
         clock: Callable[[], float],
         drafter: Drafter | None = None,
         adapters: AdapterPool | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         """`clock` gives seconds; a `drafter` is for steps of which none is in flight."""
         self.config = config
         """May be replaced between steps: limits that change in place."""
         self.blocks = BlockManager(limits, cache)
+        self.spill = Spill(store, self.blocks, clock)
         self.num_steps = 0
         """Steps scheduled so far; the last one's number."""
         self.num_preemptions = self.num_hit_tokens = 0
@@ -188,8 +191,8 @@ class Scheduler:
         """Let a waiting sequence in, or return False: then none behind it is tried either."""
         if seq.has_token_in_flight:
             return True  # preempted a moment ago; its last token is not known yet
-        if not self._adapters.admit(seq.state.request):
-            return True  # others need not wait for its adapter
+        if not (self._adapters.admit(seq.state.request) and self.spill.admit(seq)):
+            return True  # others need not wait for its adapter, or its blocks from the disk
         if len(self.running) >= self.config.max_num_seqs:
             return False
         shared, partial = self.blocks.shared_prefix(seq)

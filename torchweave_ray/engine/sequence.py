@@ -82,6 +82,7 @@ class Sequence:
         "num_dropped_blocks",
         "num_prompt_tokens",
         "num_shared_tokens",
+        "num_sought_blocks",
         "num_submitted_tokens",
         "root_hash",
         "seq_id",
@@ -113,6 +114,7 @@ class Sequence:
         """Of the computed ones, those of steps submitted already: a block copy may read them."""
         self.num_shared_tokens = 0
         """Of a waiting one: what `BlockManager.shared_prefix` had for it when last asked."""
+        self.num_sought_blocks = 0  # of its first ones, which were looked for on the disk
         self.block_table: list[int] = []
         self.num_dropped_blocks = 0
         """The first ones of the table: out of the window and others' by now, never read again."""
@@ -124,8 +126,7 @@ class Sequence:
         )
         self.fork_source: Sequence | None = None
         self.drafts: Acceptance | None = None
-        self.last_step = 0
-        """Number of the last step this sequence was scheduled in."""
+        self.last_step = 0  # number of the last one that it was scheduled in
         self.epoch = 0
         """Grows when it is preempted: results of older steps must not commit blocks."""
         self.finish_reason: FinishReason | None = None

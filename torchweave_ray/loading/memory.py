@@ -21,7 +21,7 @@ from torchweave_ray.runner.native_sampler import sampler_of
 
 
 class ModelMemory:
-    """Implements engine.rest.Memory."""
+    """Implements engine.memory.rest.Memory."""
 
     def __init__(
         self,

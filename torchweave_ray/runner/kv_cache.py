@@ -130,6 +130,25 @@ class KVCache:
             sources, destinations = torch.tensor(pairs, device=part.device).T
             part[:, :, destinations] = part[:, :, sources]
 
+    @property
+    def block_bytes(self) -> int:
+        return self.num_bytes // self._size[1]
+
+    def read_block(self, block: int) -> memoryview:
+        """A copy of one block of all layers."""
+        parts = [part[:, :, block].contiguous().view(torch.uint8).flatten() for part in self._parts]
+        return memoryview(torch.cat(parts).cpu().numpy().data)
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        """What `read_block` gave."""
+        start = 0
+        for part in self._parts:
+            of_block = part[:, :, block]
+            end = start + of_block.nbytes
+            stored = torch.frombuffer(content[start:end], dtype=part.dtype)
+            of_block.copy_(stored.view(of_block.shape))
+            start = end
+
     def close(self) -> None:
         """Let go of the memory; the layers are gone."""
         self.layers = ()

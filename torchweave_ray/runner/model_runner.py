@@ -112,6 +112,10 @@ class ModelRunner:
         self._counts: dict[int, TokenCounts] = {}
 
     @property
+    def kv_cache(self) -> KVCache:
+        return self._kv_cache
+
+    @property
     def limits(self) -> RuntimeLimits:
         return self._limits
 

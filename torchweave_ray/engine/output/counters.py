@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torchweave_ray.engine.rest import Rest
+from torchweave_ray.engine.memory.rest import Rest
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.outputs import RequestOutput, Stats
 
@@ -45,6 +45,9 @@ class Counters:
             num_accepted_tokens=drafter.num_accepted_tokens if drafter else 0,
             num_finished=self.num_finished,
             num_failed=self.num_failed,
+            num_restored_tokens=scheduler.spill.num_restored_tokens,
+            num_saved_blocks=scheduler.spill.num_saved_blocks,
+            num_damaged_blocks=scheduler.spill.num_damaged_blocks,
             num_asleep=int(rest.is_sleeping),
             num_wakes=rest.num_wakes,
         )

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from torchweave_ray.engine.block_manager import BlockManager
+
+if TYPE_CHECKING:
+    from torchweave_ray.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +28,35 @@ class Memory(Protocol):
 
 
 class Rest:
-    def __init__(self, memory: Memory | None, let_go: Callable[[], bool]) -> None:
-        """`memory`: None: it never sleeps. `let_go` has the engine forget what lies there; False:
-        it has work."""
+    def __init__(self, memory: Memory | None, engine: Engine, blocks: BlockManager) -> None:
+        """`memory`: None: it never sleeps. `blocks`: the engine's."""
         self.is_sleeping = False
         self.num_wakes = 0
         self._memory = memory
-        self._let_go = let_go
+        self._engine = engine
+        self._blocks = blocks
 
     def sleep(self) -> None:
         """Unless there is work."""
-        if self.is_sleeping or self._memory is None or not self._let_go():
+        is_busy = self._engine.has_work or self._engine.adapters.is_loading
+        if self.is_sleeping or self._memory is None or is_busy:
             return
         started_at = time.perf_counter()
+        self._forget()
         self._memory.release()
         self.is_sleeping = True
         seconds = time.perf_counter() - started_at
         logger.info("[Sleep] weights and KV cache let go in %.2f s", seconds)
+
+    def _forget(self) -> None:
+        """What lies in the memory."""
+        engine = self._engine
+        engine.forget_released()
+        engine.spill.flush()
+        self._blocks.forget_cache()
+        if engine.drafter is not None:
+            engine.drafter.forget_cache()
+        engine.adapters.forget()
 
     def wake(self) -> None:
         """Raises ArtifactError if the weights were altered meanwhile: the engine is of no use."""
