@@ -71,6 +71,22 @@ def test_mixed_in_one_batch_and_taking_turns_equal_each_alone(artifact: Path, fo
             assert llm._engine.adapters.num_loaded == min(3, max_loaded)
 
 
+def test_on_the_torch_executor_too(tmp_path: Path, folder: Path) -> None:
+    """In fp32, whose products may differ in the last bits with the batch: tokens are compared."""
+    artifact = make_tiny_artifact(tmp_path / "tiny")
+    texts, names = prompts(12), [NAMES[i % 4] for i in range(12)]
+
+    def ids(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
+        return [each.token_ids for each in completions]
+
+    options = {"lora": {"source": str(folder), "max_loaded": 2}}
+    with LLM(artifact, **options, runner={**RUNNER, "executor": "torch"}) as llm:
+        each_alone = zip(texts, names, strict=True)
+        expected = [ids(llm.generate([text], GREEDY, adapter=name))[0] for text, name in each_alone]
+        assert len({ids(llm.generate(texts[:1], GREEDY, adapter=name))[0] for name in NAMES}) == 4
+        assert ids(llm.generate(texts, GREEDY, adapter=names)) == expected
+
+
 def test_preempted_requests_keep_their_adapters(artifact: Path, folder: Path) -> None:
     texts, names = prompts(6, 60), [NAMES[i % 4] for i in range(6)]
     params = SamplingParams(temperature=0.0, max_tokens=70, ignore_eos=True, logprobs=0)
@@ -149,6 +165,32 @@ def test_a_replaced_adapter_is_used_by_new_requests_only(artifact: Path, folder:
         # One that goes on from elsewhere finds what is loaded, whatever the name stands for now.
         rest = request(engine, "d", text, "red", adapter_id=old_id, output_token_ids=red[0][:5])
         assert await ids_of(engine, rest) == red[0][5:]
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_a_removed_adapter_is_gone_by_name_and_requests_in_flight_keep_it(
+    artifact: Path, folder: Path
+) -> None:
+    (text,) = prompts(1, 30)
+    (red,) = alone(artifact, folder, [text], ["red"])
+
+    async def run() -> None:
+        engine = started(artifact, folder, max_loaded=1)
+        stream = engine.generate(request(engine, "a", text, "red"))
+        outputs = [await anext(stream)]
+        shutil.rmtree(folder / "red")
+        await asyncio.sleep(1.1)  # a name is looked up once a second
+        with pytest.raises(ModelNotFound, match="no adapter 'red'; there is blue, green"):
+            await engine.info("tiny:red")
+        waiting = asyncio.create_task(ids_of(engine, request(engine, "b", text, "blue")))
+        outputs += [output async for output in stream]
+        assert merge_outputs(outputs).deltas[0].token_ids == red[0]
+        assert await waiting != red[0]
+        assert list(engine._engine.adapters._places) == [
+            (await engine.info("tiny:blue")).adapter_id
+        ]
         engine.close()
 
     asyncio.run(run())

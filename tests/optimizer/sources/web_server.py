@@ -68,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = web.password and "Basic " + base64.b64encode(web.password.encode()).decode()
         if wanted and given != wanted:
             status = 401
-        file = web.folder / name
+        file = web.folder / unquote(urlsplit(self.path).path).lstrip("/")
+        file = file if file.is_file() else web.folder / name
         if status is None and not file.is_file():
             status = 404
         if status is not None:
