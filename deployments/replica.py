@@ -92,9 +92,8 @@ class ModelReplica:
     async def _load(self, config: ReplicaConfig, engine: EngineConfig, weights: Any) -> Loaded:
         return await load_at_hand(config, engine, weights, self._startup_s)
 
-    def __del__(self) -> None:
-        """Called by Serve once this replica's last stream is over; never by a start that failed."""
-        if hasattr(self, "_engine"):
+    def __del__(self) -> None:  # by Serve, once the last stream is over; or of a failed start
+        if hasattr(self, "_engine") and self._engine.is_on_its_loop:
             self._engine.close()
 
     async def generate(self, request: GenerateRequest, stream_id: int) -> CallResult:
@@ -178,8 +177,7 @@ class ModelReplica:
 
     async def sleeping(self, want: bool | None) -> bool:
         """Sleep while there is no work, wake up, or neither; whether it sleeps now."""
-        (asleep,) = (await self._engine.sleeping(None, want))[self._info.id]
-        return asleep
+        return all(*(await self._engine.sleeping(None, want)).values())
 
     async def stats(self) -> Stats:
         return self._engine.snapshot()

@@ -92,8 +92,7 @@ class GenerateRequest:
     grammar: str | None = None
     output_kind: OutputKind = OutputKind.TOKENS
     pooling: Pooling = Pooling.LAST  # for OutputKind.POOLED
-    exclusive: bool = False
-    """Alone in its steps, no prefix cache: the unbatched baseline."""
+    exclusive: bool = False  # alone in its steps, no prefix cache: the unbatched baseline
     session_id: str = ""
     """Requests of one session go to one replica where there are several."""
     routing: RoutingHint | None = None

@@ -84,7 +84,7 @@ def test_placement(values: dict[str, Any], placement: Placement) -> None:
 def test_what_serve_is_asked_for() -> None:
     group = {"bundles": [GPU, GPU], "strategy": "STRICT_PACK"}
     app = build(model(placement_group=group, accelerator_type="H100", num_replicas=2))
-    _, models = app._bound_deployment.init_args
+    _, models, *_ = app._bound_deployment.init_args
     replica = models["m"]._bound_deployment
     options = replica.ray_actor_options
     assert (options["num_cpus"], options["num_gpus"], options["accelerator_type"]) == (

@@ -16,6 +16,7 @@ from torchweave_ray.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
+_ASLEEP_S = 0.5
 CheckHealth = Callable[[], Awaitable[object]]
 """Raises a RequestError, with the reason, when no request can be answered now."""
 
@@ -44,8 +45,13 @@ class StatusApi:
         return JSONResponse({"status": "ok"} | ({"asleep": asleep} if asleep else {}))
 
     async def _asleep(self) -> list[str]:
-        """Models of which every replica sleeps; a request wakes one."""
-        sleeping = await self._service.backend.sleeping(None, None)
+        """Models of which every replica sleeps; a request wakes one. [] if one does not say so at
+        once: who is not well is not asleep."""
+        try:
+            async with asyncio.timeout(_ASLEEP_S):
+                sleeping = await self._service.backend.sleeping(None, None)
+        except TimeoutError:
+            return []
         return [model for model, asleep in sleeping.items() if asleep and all(asleep)]
 
     async def live(self, request: Request) -> Response:

@@ -183,6 +183,10 @@ class AsyncEngine:
             return not await self.stop("")
         return True
 
+    @property
+    def is_on_its_loop(self) -> bool:
+        return asyncio._get_running_loop() is self._loop
+
     def close(self) -> None:
         """Stop the thread after the step it is in; requests still here end with EngineDead."""
         self._closing = True

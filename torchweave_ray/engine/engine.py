@@ -50,15 +50,14 @@ class Engine:
         self._artifact_id = artifact_id
         self._clock = clock
         self.adapters = adapters or AdapterPool()
-        self._scheduler = Scheduler(
-            cache, scheduler, runner.limits, clock, drafter, self.adapters, store
-        )
+        limits = runner.limits
+        self._scheduler = Scheduler(cache, scheduler, limits, clock, drafter, self.adapters, store)
         self.spill = self._scheduler.spill
         self.drafter = drafter
         self._holders: list[Runner | Drafter] = [runner] if drafter is None else [runner, drafter]
-        self.admission = Admission(self._scheduler, runner.limits)
+        self.admission = Admission(self._scheduler, limits)
         self._outputs = OutputProcessor(detokenizer, self._scheduler, clock)
-        self._constraints = Constraints(grammars, runner.limits)
+        self._constraints = Constraints(grammars, limits)
         self._states: dict[str, RequestState] = {}
         self._pending: deque[PendingStep] = deque()
         self._ready: list[RequestOutput] = []  # of requests that ended between steps

@@ -127,8 +127,7 @@ class Sequence:
         self.fork_source: Sequence | None = None
         self.drafts: Acceptance | None = None
         self.last_step = 0  # number of the last one that it was scheduled in
-        self.epoch = 0
-        """Grows when it is preempted: results of older steps must not commit blocks."""
+        self.epoch = 0  # grows when preempted: results of older steps must not commit blocks
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.error: str | None = None

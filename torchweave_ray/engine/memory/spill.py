@@ -148,9 +148,11 @@ class Spill:
                 wait([self._saving], max(0.0, end - self._clock()))
 
     def close(self) -> None:
+        """Closing twice does nothing."""
         if self._store is not None:
             self.flush()
             self._store.close()
+            self._store = None
 
     def _unsaved(self, store: BlockStore) -> list[tuple[BlockHash, int]]:
         """The last used first; as many as are copied in a few milliseconds."""
