@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from torchweave_ray.errors import ConfigError, nearest
 
-GroupFormat = Literal["none", "int8", "int8-group32", "int4-group32"]
+GroupFormat = Literal["none", "int8", "int8-group32", "int4-group32", "fp8"]
 KVFormat = Literal["none", "int8"]
 Method = Literal["rtn", "gptq"]
 
@@ -44,6 +44,8 @@ class Quantization:
             raise ConfigError(f"recipe.quantization.skip must be names, got {list(self.skip)!r}")
         if self.skip and not self.is_any:
             raise ConfigError("recipe.quantization.skip has nothing to be left out of")
+        if self.method == "gptq" and "fp8" in (self.layers, self.head):
+            raise ConfigError("recipe.quantization.method 'gptq' does not round to fp8")
         if self.method != "rtn" and not self.is_any:
             raise ConfigError(f"recipe.quantization.method {self.method!r} has nothing to round")
 
@@ -85,7 +87,8 @@ _KINDS: Mapping[str, Any] = {
 NONE = Quantization()
 INT8 = Quantization(layers="int8", head="int8-group32")
 INT4 = Quantization(layers="int4-group32", head="int8-group32")
-NAMED: Mapping[str, Quantization] = {"none": NONE, "int8": INT8, "int4": INT4}
+FP8 = Quantization(layers="fp8")
+NAMED: Mapping[str, Quantization] = {"none": NONE, "int8": INT8, "int4": INT4, "fp8": FP8}
 
 
 def parse_quantization(value: Any) -> Quantization:

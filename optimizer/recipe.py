@@ -28,7 +28,7 @@ from optimizer.sources import (
     parse_random_source,
     parse_source,
 )
-from optimizer.target import THIS_MACHINE, check_target
+from optimizer.target import THIS_MACHINE, check_target, is_gpu
 from torchweave_ray.errors import ConfigError, nearest
 from torchweave_ray.models.artifact import MANIFEST
 
@@ -126,6 +126,12 @@ class Recipe:
             raise ConfigError("recipe.dtype 'float32' does not go with a quantization")
         if self.quantization.is_any and self.layout == "fused":
             raise ConfigError("recipe.layout 'fused' does not go with a quantization")
+        wanted = (self.quantization.layers, self.quantization.head)
+        if "fp8" in wanted and not is_gpu(self.target):
+            raise ConfigError(
+                "recipe.quantization 'fp8' is for GPUs: set recipe.target to an architecture such "
+                "as sm_90"
+            )
         self.open_source()
         for adapter in self.adapters:
             adapter.open_source()

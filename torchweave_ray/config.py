@@ -49,8 +49,9 @@ class CacheConfig:
     """Tokens a block of KV cache. The native executor takes multiples of 16."""
     kv_memory: int | Literal["auto"] = "auto"
     """Bytes of KV cache; auto: a share of the memory that is free for this replica."""
-    kv_memory_share: float = 0.5
-    """With auto: the share of free memory (GPU, or RAM within the cgroup) to take."""
+    kv_memory_share: float | None = None
+    """With auto: the share of free memory to take, beside what a step was measured to need; None:
+    0.5 of the RAM within the cgroup, 0.9 of a GPU's."""
     replicas_per_node: int = 1
     """With auto: divides the share."""
     enable_prefix_caching: bool = True
@@ -66,7 +67,7 @@ class CacheConfig:
         _at_least("replicas_per_node", self.replicas_per_node, 1)
         if self.kv_memory != "auto":
             _at_least("kv_memory", self.kv_memory, 1)
-        if not 0.0 < self.kv_memory_share <= 1.0:
+        if self.kv_memory_share is not None and not 0.0 < self.kv_memory_share <= 1.0:
             raise ConfigError(f"kv_memory_share must be in (0, 1], got {self.kv_memory_share}")
         if not 0.0 <= self.watermark < 1.0:
             raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}")
@@ -147,6 +148,11 @@ class RunnerConfig:
     batch_invariant: bool = False
     """On a GPU: a row's bits do not depend on what else is in its step; slower there. The native
     executor's never do."""
+    step_depth: Literal["auto", 0, 1] = "auto"
+    """Steps that are scheduled before the one before them is done; auto: 1 on a GPU where nobody
+    guesses tokens, else 0."""
+    decode_graphs: bool = True
+    """On a GPU: steps of decodes are captured once and replayed, padded to the next size."""
     threads: int | None = None
     """CPU threads of the model; None: as many as the artifact was found to be fastest with on a
     machine like this, else all cores of this process."""

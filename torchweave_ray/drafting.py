@@ -36,11 +36,10 @@ from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
-from torchweave_ray.runner.backends import choose_kernels
+from torchweave_ray.runner.backends import choose_kernels, sampler_of
 from torchweave_ray.runner.device import resolve_dtype, resolve_kv_dtype
 from torchweave_ray.runner.kv_cache import KVCache, KVShape
 from torchweave_ray.runner.model_runner import ModelRunner
-from torchweave_ray.runner.native_sampler import sampler_of
 from torchweave_ray.runner.opening import run_first_step
 
 

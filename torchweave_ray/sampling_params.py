@@ -101,6 +101,11 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def reads_output(self) -> bool:
+        """Whether a draw depends on the tokens before it by more than the model."""
+        return self.has_penalties or bool(self.bad_words) or self.thinking is not None
+
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise InvalidRequest naming the first field that cannot be used."""
         for name, low, high in _FLOAT_RANGES:

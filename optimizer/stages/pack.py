@@ -1,4 +1,5 @@
-"""Stage 5: weights as the CPU kernels read them: a replica maps the file and copies nothing.
+"""Stage 5: weights as the CPU kernels read them: a replica maps the file and copies nothing. As
+they are for GPUs.
 
 The same bytes for every instruction set and thread count, so the artifact serves any machine.
 """
@@ -26,6 +27,7 @@ from torchweave_ray.models.mapped_file import cache_in_huge_pages
 from torchweave_ray.models.tensors import (
     PACKED,
     QUANTIZED,
+    QUANTIZED_ROWS,
     FusedTensor,
     fused_tensors,
     stored_order,
@@ -44,9 +46,8 @@ class PackStage:
 
     @property
     def _asked(self) -> str:
-        """GPUs read plain rows; quantised weights are packed for CPUs, and dequantised there."""
-        plain = is_gpu(self.recipe.target) and not self.recipe.quantization.is_any
-        return "fused" if plain else self.recipe.layout
+        """GPUs read rows, quantised or not."""
+        return "fused" if is_gpu(self.recipe.target) else self.recipe.layout
 
     def run(self, work: Path, manifest: Manifest) -> Manifest:
         """Sets `layout` where the weights are bfloat16 and the recipe leaves it to us."""
@@ -60,7 +61,7 @@ class PackStage:
         if self._asked == "fused" or manifest.dtype != "bfloat16":
             link_file(weights, folder / WEIGHTS)
             self.progress.advance(size)
-            return manifest
+            return replace(manifest, layout=QUANTIZED_ROWS) if manifest.quantization else manifest
         layout = QUANTIZED if manifest.quantization else PACKED
         config = ModelConfig.from_hf(read_hf_config(documents))
         tensors = stored_order(fused_tensors(config, manifest.quantization), layout)

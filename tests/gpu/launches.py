@@ -13,6 +13,8 @@ from tests.attention_case import Case
 from tests.gpu.compile_only import compile_only
 from torchweave_ray.attention.base import AttentionShape, HeadNorms, LayerKV, quantize_kv
 from torchweave_ray.kernels.quantization import QuantizedFormat, quantize
+from torchweave_ray.runner.sampler import Draw
+from torchweave_ray.sampling_params import SamplingParams
 
 BF16 = torch.bfloat16
 SHAPES = (
@@ -72,11 +74,19 @@ def launch_products() -> None:
         TritonOps(batch_invariant=True).linear(x, weight.to(BF16), torch.zeros(256, dtype=BF16))
 
 
+def launch_sampler() -> None:
+    from torchweave_ray.runner.sampling.triton import TritonSampler
+
+    draws = [Draw(SamplingParams(), 0, 0)] * 2
+    TritonSampler()(torch.zeros(2, 32000), draws)
+
+
 def main() -> None:
     active = compile_only(int(sys.argv[1]))
     launch_attention()
     launch_ops()
     launch_products()
+    launch_sampler()
     print(json.dumps(active.compiled))
 
 

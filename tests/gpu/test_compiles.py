@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton, the language of the kernels, is not installed")
 
-KERNELS = {"attend", "merge", "write_kv", "rms_norm", "gated", "rotate_and_write", "linear"}
+KERNELS = "attend merge write_kv rms_norm gated rotate_and_write linear sample"
 
 
 @pytest.mark.slow
@@ -26,4 +26,4 @@ def test_compiles_for(capability: int) -> None:
         env=env,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert set(json.loads(ran.stdout)) >= KERNELS
+    assert set(json.loads(ran.stdout)) >= set(KERNELS.split())

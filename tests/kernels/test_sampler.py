@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchweave_ray.kernels.library import Library
-from torchweave_ray.runner.native_sampler import NativeSampler
 from torchweave_ray.runner.sampler import NO_TOKEN, Draw, sample
+from torchweave_ray.runner.sampling.native import NativeSampler
 from torchweave_ray.sampling_params import SamplingParams
 
 VOCAB = 653

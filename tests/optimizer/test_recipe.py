@@ -139,7 +139,7 @@ def test_yaml_that_is_no_recipe(text: str, tmp_path: Path) -> None:
 def test_quantization_by_name_and_by_group(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     for name, expected in NAMED.items():
-        path.write_text(f"source: org/name\nquantization: {name}\n")
+        path.write_text(f"source: org/name\ntarget: sm_90\nquantization: {name}\n")
         assert load_recipe(path).quantization == expected
     path.write_text("source: org/name\nquantization: {layers: int8, skip: [layers.0.*]}\n")
     recipe = load_recipe(path)

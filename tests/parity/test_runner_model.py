@@ -19,8 +19,9 @@ from torchweave_ray.engine.plan import (
     StepPlan,
     StepResult,
 )
+from torchweave_ray.runner.drawn import NON_FINITE, NOTHING_LEFT
 from torchweave_ray.runner.kv_cache import KVCache, KVShape
-from torchweave_ray.runner.model_runner import NON_FINITE, NOTHING_ALLOWED, ModelRunner
+from torchweave_ray.runner.model_runner import ModelRunner
 from torchweave_ray.sampling_params import SamplingParams
 
 VOCAB, BLOCK_SIZE, NUM_BLOCKS = 40, 4, 16
@@ -247,7 +248,7 @@ def test_a_sequence_with_nothing_allowed_fails_alone() -> None:
     bitmask = np.array([[0, 0], [-1, -1]], dtype=np.int32)
     sequences = (_sequence([3, 9], 0, 2, [1]), _sequence([3, 9], 0, 2, [2]))
     result = _run(_runner(), *sequences, bitmask=bitmask)
-    assert result.failed == {1: NOTHING_ALLOWED}
+    assert result.failed == {1: NOTHING_LEFT}
     assert len(result.token_ids[1]) == 1
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchweave_ray.runner.philox import philox4x32, uniforms
 from torchweave_ray.runner.sampler import NO_TOKEN, Draw, draw, sample
+from torchweave_ray.runner.sampling.philox import philox4x32, uniforms
 from torchweave_ray.sampling_params import SamplingParams
 
 VOCAB = 640

@@ -30,7 +30,7 @@ class StepInputs:
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slot_mapping: Tensor  # [T] int64: block_id * block_size + offset, where the token's KV goes
-    # (CUDA graphs only, which need triton_paged: negative for padding, which goes nowhere)
+    # (negative for padding, which goes nowhere; triton_paged only)
     query_start_loc: Tensor  # [S + 1] int32: sequence s owns tokens [s] .. [s + 1]
     seq_lens: Tensor  # [S] int32: positions in the cache after this step
     block_tables: Tensor  # [S, max_blocks] int32, rows padded with 0
@@ -39,6 +39,10 @@ class StepInputs:
     max_seq_len: int
     adapters: tuple[AdapterRows, ...] = ()
     """They follow each other up to the last row; the rows before the first have none."""
+    num_padding: int = 0
+    """Sequences at the end that stand for nothing, one token each."""
+    packed: tuple[Tensor, Tensor] | None = None
+    """Of a padded batch: all int64 and all int32 tensors above, in one piece each."""
 
 
 @dataclass(frozen=True, slots=True)

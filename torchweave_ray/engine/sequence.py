@@ -161,10 +161,10 @@ class Sequence:
 
     @property
     def is_full(self) -> bool:
-        """No token may be added now: one in flight counts, and under a grammar it must land."""
-        return len(self.token_ids) >= self.max_total_tokens or (
-            self.token_ids[-1] == IN_FLIGHT and self.state.request.grammar is not None
-        )
+        """No token may be added now: one in flight counts, and must land where draws read it."""
+        is_at_end, request = len(self.token_ids) >= self.max_total_tokens, self.state.request
+        is_read = request.grammar is not None or request.sampling.reads_output
+        return is_at_end or (is_read and self.has_token_in_flight)
 
     @property
     def seniority(self) -> tuple[int, int]:

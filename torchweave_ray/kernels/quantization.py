@@ -4,6 +4,7 @@ Formats, named by the bits of a code and how many weights share a scale (w is th
 int8            w = (code - 128) * scale[row], codes 1..255, scales fp32
 int8-group32    w = (code - 128) * scale[row, group of 32 inputs], scales fp16
 int4-group32    w = code * scale[row, group] + min[row, group], codes 0..15, both fp16
+fp8             w = e4m3 of the code's bits * scale[row], scales fp32; for GPUs
 Knows nothing of the order the kernels read (packing.py).
 """
 
@@ -22,7 +23,10 @@ GROUP = 32
 ZERO = 128
 """The int8 code of 0."""
 
-QuantizedFormat = Literal["int8", "int8-group32", "int4-group32"]
+FP8 = torch.float8_e4m3fn
+_LARGEST_FP8 = 448.0
+
+QuantizedFormat = Literal["int8", "int8-group32", "int4-group32", "fp8"]
 Format = Literal["bf16"] | QuantizedFormat
 
 
@@ -32,13 +36,14 @@ class QuantizedLinear:
 
     format: QuantizedFormat
     codes: Tensor  # [n, k] uint8
-    scales: Tensor  # int8: [n] fp32; groups: [n, ceil(k / 32)] fp16
+    scales: Tensor  # int8, fp8: [n] fp32; groups: [n, ceil(k / 32)] fp16
     mins: Tensor | None = None  # int4-group32: like scales
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
-        shape = (n,) if self.format == "int8" else (n, -(-k // GROUP))
-        dtype = torch.float32 if self.format == "int8" else torch.float16
+        of_rows = self.format in ("int8", "fp8")
+        shape = (n,) if of_rows else (n, -(-k // GROUP))
+        dtype = torch.float32 if of_rows else torch.float16
         assert self.codes.dtype == torch.uint8
         assert (self.scales.shape, self.scales.dtype) == (shape, dtype)
         assert (self.mins is not None) == (self.format == "int4-group32")
@@ -51,6 +56,11 @@ class QuantizedLinear:
     @property
     def k(self) -> int:
         return self.codes.shape[1]
+
+    def rows(self, ids: Tensor) -> QuantizedLinear:
+        """Those of `ids` [m]."""
+        mins = None if self.mins is None else self.mins[ids]
+        return QuantizedLinear(self.format, self.codes[ids], self.scales[ids], mins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,8 @@ def quantize(weight: Tensor, format: QuantizedFormat) -> QuantizedLinear:
     """Of a weight [n, k] of any float dtype."""
     if format == "int8":
         return quantize_int8(weight)
+    if format == "fp8":
+        return quantize_fp8(weight)
     return quantize_int8_group(weight) if format == "int8-group32" else quantize_int4_group(weight)
 
 
@@ -77,6 +89,15 @@ def quantize_int8(weight: Tensor) -> QuantizedLinear:
     scales = rows.abs().amax(dim=1) / 127
     codes = _codes(rows, scales[:, None]).clamp_(-127, 127) + ZERO
     return QuantizedLinear("int8", codes.to(torch.uint8), scales)
+
+
+def quantize_fp8(weight: Tensor) -> QuantizedLinear:
+    """One scale a row: its largest weight becomes the largest number of e4m3, 448."""
+    rows = weight.float()
+    scales = rows.abs().amax(dim=1) / _LARGEST_FP8
+    values = torch.where(scales[:, None] == 0, 0.0, rows / scales[:, None])
+    codes = values.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(FP8)
+    return QuantizedLinear("fp8", codes.view(torch.uint8), scales)
 
 
 def quantize_int8_group(weight: Tensor) -> QuantizedLinear:
@@ -113,6 +134,8 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
 
 def dequantize(weight: QuantizedLinear) -> Tensor:
     """[n, k] fp32."""
+    if weight.format == "fp8":
+        return weight.codes.view(FP8).float() * weight.scales[:, None]
     codes = weight.codes.float() - (0 if weight.format == "int4-group32" else ZERO)
     values = codes * _every_input(weight.scales, weight.k)
     return values if weight.mins is None else values + _every_input(weight.mins, weight.k)

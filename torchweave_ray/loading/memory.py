@@ -16,8 +16,8 @@ from torchweave_ray.drafting import LoadedDraft
 from torchweave_ray.models.artifact import verify_artifact
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.runner.adapters import AdapterStore
+from torchweave_ray.runner.backends import sampler_of
 from torchweave_ray.runner.model_runner import ModelRunner
-from torchweave_ray.runner.native_sampler import sampler_of
 
 
 class ModelMemory:

@@ -26,9 +26,9 @@ from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.ops import Ops
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import Executor
-from torchweave_ray.models.tensors import LAYOUT
+from torchweave_ray.models.tensors import PACKED, QUANTIZED
 from torchweave_ray.models.torch_executor import TorchExecutor
-from torchweave_ray.models.weights import load_weights, map_packed
+from torchweave_ray.models.weights import load_products, load_weights, map_packed
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def open_executor(
                     f"cache.block_size {placement.block_size} is no multiple of {SUB}"
                 )
             stored: Mapping[str, Tensor | PackedLinear]
-            if manifest.layout != LAYOUT and dtype == torch.bfloat16 and device.type == "cpu":
+            if manifest.layout in (PACKED, QUANTIZED) and dtype == torch.bfloat16:
                 stored = map_packed(directory, config, manifest, whole)
             else:
                 plain = load_weights(directory, config, dtype, device, manifest, whole)
@@ -87,9 +87,12 @@ def open_executor(
             if placement.executor == "native":
                 raise ConfigError(f"runner.executor is 'native', but {error}") from error
             logger.warning("the torch executor runs this model: %s", error)
+    if placement.ops is not None:
+        codes = load_products(directory, config, dtype, device, manifest, whole)
+        return TorchExecutor(spec, codes, attention, placement.ops)
     if plain is None:
         plain = load_weights(directory, config, dtype, device, manifest, whole)
-    return TorchExecutor(spec, plain, attention, placement.ops)
+    return TorchExecutor(spec, plain, attention)
 
 
 def executor_name(executor: Executor) -> str:

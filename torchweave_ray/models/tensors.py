@@ -29,13 +29,14 @@ PACKED = packing.LAYOUT
 """`Manifest.layout` of the same names, the weights of products as the CPU kernels read them."""
 QUANTIZED = "quantized-panels-32"
 """As PACKED, with quantised weights: codes under the name, scales under it with SCALES."""
+QUANTIZED_ROWS = "quantized-rows"
+"""As LAYOUT, with quantised weights: codes [n, k] and, under it, SCALES and MINS. For GPUs."""
 SCALES = ".scales"
 MINS = ".mins"
 NOT_QUANTIZED = "none"
-"""In `Manifest.quantization`, by the name of a tensor that its group's format does not cover."""
+"""In `Manifest.quantization`, by the name of a tensor that its group's format leaves out."""
 Packing = Literal["none", "linear", "gated"]
-"""How PACKED holds a tensor: as it is; by `pack_linear`; by `pack_linear` with its gates and ups
-interleaved."""
+"""How PACKED holds a tensor: as it is; by `pack_linear`; so with gates and ups interleaved."""
 Group = Literal["", "layers", "head"]
 """Products of the layers; the head's, which is the embedding where they are tied; no product."""
 GROUPS: tuple[Group, ...] = ("layers", "head")
@@ -76,15 +77,15 @@ class FusedTensor:
             return (StoredTensor(self.name, self.shape, dtype),)
         n, k = self.shape
         scales = StoredTensor(self.name + SCALES, (n,), torch.float32)
-        if self.format != "int8":
+        if self.format not in ("int8", "fp8"):
             scales = StoredTensor(self.name + SCALES, (n, -(-k // GROUP)), torch.float16)
         mins = (replace(scales, name=self.name + MINS),) if self.format == "int4-group32" else ()
         return (StoredTensor(self.name, self.shape, torch.uint8), scales, *mins)
 
     def stored(self, layout: str, dtype: torch.dtype) -> tuple[StoredTensor, ...]:
         """As an artifact of this layout holds it."""
-        if layout == LAYOUT or self.packing == "none":
-            return (StoredTensor(self.name, self.shape, dtype),)
+        if layout in (LAYOUT, QUANTIZED_ROWS) or self.packing == "none":
+            return self.row_major(dtype)
         n, k = self.shape
         gated, format = self.packing == "gated", self.format
         shape = packed_shape(n, k, gated, format, self.num_experts)

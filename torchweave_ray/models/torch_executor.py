@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from torchweave_ray.attention.base import AttentionBackend, HeadNorms, LayerKV, StepInputs
 from torchweave_ray.errors import ArtifactError
+from torchweave_ray.kernels.quantization import dequantize
 from torchweave_ray.models.lora.fitted import FittedAdapter, LoraPair
 from torchweave_ray.models.ops import Ops, Rotation, TorchOps, Weight, rotation_of
 from torchweave_ray.models.spec import (
@@ -88,7 +89,8 @@ class TorchExecutor:
 
     def begin(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> TorchStep:
         """A step before its first op, for callers that run and watch the ops one by one."""
-        step = TorchStep(self._tensors, self._attention, self._ops, inputs, kv)
+        dtype = self._like.dtype
+        step = TorchStep(self._tensors, self._attention, self._ops, inputs, kv, dtype)
         for rope, inv_freq in self._inv_freqs.items():
             step.rotations[rope] = rotation_of(inv_freq, rope.attention_scaling, inputs.positions)
         return step
@@ -111,6 +113,7 @@ class TorchStep:
         ops: Ops,
         inputs: StepInputs,
         kv: Sequence[LayerKV],
+        dtype: torch.dtype,
     ) -> None:
         self.buffers: dict[str, Tensor] = {}
         self.rotations: dict[Rope, Rotation] = {}
@@ -119,6 +122,7 @@ class TorchStep:
         self._ops = ops
         self._inputs = inputs
         self._kv = kv
+        self._dtype = dtype
 
     def run_all(self, ops: Sequence[Op]) -> None:
         """In order; an add to a buffer and the norm of it that follows are one."""
@@ -146,8 +150,14 @@ class TorchStep:
             case Experts():
                 self._mix(op)
             case Embed():
-                rows = functional.embedding(self._inputs.input_ids, self._tensor(op.table))
+                rows = self._embed(self._weights[op.table])
                 self.buffers[op.out] = rows if op.scale == 1.0 else rows * op.scale
+
+    def _embed(self, table: Weight) -> Tensor:
+        ids = self._inputs.input_ids
+        if isinstance(table, Tensor):
+            return functional.embedding(ids, table)
+        return dequantize(table.rows(ids)).to(self._dtype)
 
     def _linear(self, op: Linear) -> None:
         product = self._product(op)

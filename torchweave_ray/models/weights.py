@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchweave_ray.errors import ArtifactError
-from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
+from torchweave_ray.kernels.packing import PackedLinear, unpack_linear, unpack_quantized
+from torchweave_ray.kernels.quantization import QuantizedLinear, dequantize
 from torchweave_ray.models.artifact import WEIGHTS, Manifest, read_manifest
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.mapped_file import map_file, tensors_in
@@ -21,11 +22,15 @@ from torchweave_ray.models.tensors import (
     LAYOUT,
     PACKED,
     QUANTIZED,
+    QUANTIZED_ROWS,
     FusedTensor,
     StoredTensor,
     check_shape,
     fused_tensors,
 )
+from torchweave_ray.models.upload import Uploader
+
+LAYOUTS = (LAYOUT, PACKED, QUANTIZED, QUANTIZED_ROWS)
 
 _logger = logging.getLogger(__name__)
 
@@ -45,24 +50,57 @@ def load_weights(
 
     Raises ArtifactError naming the tensor that is missing, unknown or of another shape.
     """
+    uploader = Uploader(device)
     tensors: dict[str, Tensor] = {}
     num_unpacked = num_dequantised = 0
     for tensor, stored in _read(directory, config, manifest, whole):
-        held = stored
-        if isinstance(stored, PackedLinear):
-            held = unpack_linear(stored)
-            num_unpacked += 1
-            num_dequantised += stored.format != "bf16"
-        assert isinstance(held, Tensor)
-        tensors[tensor.name] = held.to(device=device, dtype=dtype)
+        held = _row_major(stored)
+        if isinstance(held, QuantizedLinear):
+            held = dequantize(held)
+        num_unpacked += held is not stored
+        num_dequantised += tensor.format != "bf16"
+        tensors[tensor.name] = uploader.move(held, dtype)
+    uploader.finish()
     if num_unpacked:
         _logger.info(
-            "[Weights] unpacked %d tensors of %s%s: it is packed for the native executor",
+            "[Weights] unpacked %d tensors of %s%s",
             num_unpacked,
             directory,
             f", {num_dequantised} of them dequantised to {dtype}" if num_dequantised else "",
         )
     return tensors
+
+
+def load_products(
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    manifest: Manifest | None = None,
+    whole: Tensor | None = None,
+) -> dict[str, Tensor | QuantizedLinear]:
+    """As `load_weights`, for products that read codes: quantised weights stay so, those of experts
+    left out. Raises as `load_weights`."""
+    uploader = Uploader(device)
+    tensors: dict[str, Tensor | QuantizedLinear] = {}
+    for tensor, stored in _read(directory, config, manifest, whole):
+        held = _row_major(stored)
+        if isinstance(held, QuantizedLinear) and tensor.num_experts > 1:
+            held = dequantize(held)
+        if isinstance(held, QuantizedLinear):
+            parts = [held.codes, held.scales, *([] if held.mins is None else [held.mins])]
+            moved = [uploader.move(part) for part in parts]
+            tensors[tensor.name] = QuantizedLinear(held.format, *moved)
+        else:
+            tensors[tensor.name] = uploader.move(held, dtype)
+    uploader.finish()
+    return tensors
+
+
+def _row_major(stored: Tensor | PackedLinear | QuantizedLinear) -> Tensor | QuantizedLinear:
+    if not isinstance(stored, PackedLinear):
+        return stored
+    return unpack_linear(stored) if stored.format == "bf16" else unpack_quantized(stored)
 
 
 def map_packed(
@@ -73,7 +111,11 @@ def map_packed(
 ) -> Mapping[str, Tensor | PackedLinear]:
     """The tensors of a CPU artifact as they are stored, all views of the mapped file: packed where
     its layout is PACKED or QUANTIZED. Raises as `load_weights`."""
-    return {t.name: stored for t, stored in _read(directory, config, manifest, whole)}
+    found = {}
+    for tensor, stored in _read(directory, config, manifest, whole):
+        assert not isinstance(stored, QuantizedLinear), "its layout is not of the CPU kernels"
+        found[tensor.name] = stored
+    return found
 
 
 def check_weights(directory: Path, manifest: Manifest) -> None:
@@ -85,16 +127,15 @@ def check_weights(directory: Path, manifest: Manifest) -> None:
 
 def _read(
     directory: Path, config: ModelConfig, manifest: Manifest | None, whole: Tensor | None
-) -> Iterator[tuple[FusedTensor, Tensor | PackedLinear]]:
+) -> Iterator[tuple[FusedTensor, Tensor | PackedLinear | QuantizedLinear]]:
     manifest = manifest or read_manifest(directory)
     layout = manifest.layout
-    if layout not in (LAYOUT, PACKED, QUANTIZED) or (layout == QUANTIZED) is not bool(
-        manifest.quantization
-    ):
+    is_quantized = layout in (QUANTIZED, QUANTIZED_ROWS)
+    if layout not in LAYOUTS or is_quantized is not bool(manifest.quantization):
         raise ArtifactError(
             f"{directory}: layout {layout!r} with quantization {manifest.quantization or 'none'} "
             f"is not one that this build reads ({LAYOUT!r} and {PACKED!r} without, {QUANTIZED!r} "
-            "with one); stage the model again with `torchweave optimize`"
+            f"and {QUANTIZED_ROWS!r} with one); stage the model again with `torchweave optimize`"
         )
     tensors = fused_tensors(config, manifest.quantization)
     expected = {tensor.name: tensor.stored(layout, torch.bfloat16) for tensor in tensors}
@@ -108,7 +149,11 @@ def _read(
             check_shape(f"{path}: {entry.name}", tuple(part.shape), entry.shape)
             _check_dtype(path, entry, part)
             parts.append(part)
-        yield tensor, parts[0] if layout == LAYOUT else tensor.packed(parts)
+        if layout == QUANTIZED_ROWS:
+            format = tensor.format
+            yield tensor, parts[0] if format == "bf16" else QuantizedLinear(format, *parts)
+        else:
+            yield tensor, parts[0] if layout == LAYOUT else tensor.packed(parts)
 
 
 def _check_names(path: Path, present: set[str], wanted: set[str]) -> None:

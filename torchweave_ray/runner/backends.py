@@ -13,9 +13,12 @@ from torchweave_ray.attention.base import AttentionBackend
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import RunnerConfig
 from torchweave_ray.errors import ConfigError
+from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.ops import Ops
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.runner.device import why_no_triton
+from torchweave_ray.runner.sampler import Sampler, sample
+from torchweave_ray.runner.sampling.native import NativeSampler
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,17 @@ def choose_kernels(device: torch.device, config: RunnerConfig) -> Kernels:
     level = logging.DEBUG if device.type == "cpu" else logging.WARNING
     logger.log(level, "[Kernels] plain torch: %s", reason)
     return Kernels(TorchPagedAttention())
+
+
+def sampler_of(executor: Executor) -> Sampler:
+    """On the executor's own threads, where it has some, or on its GPU."""
+    if isinstance(executor, NativeExecutor):
+        return NativeSampler(executor.team)
+    if executor.name.startswith("triton"):
+        from torchweave_ray.runner.sampling.triton import TritonSampler
+
+        return TritonSampler()
+    return sample
 
 
 def check_invariance(executor: Executor, config: RunnerConfig) -> None:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from torchweave_ray.errors import ArtifactError, ConfigError
 from torchweave_ray.kernels.cgroup import cgroups
@@ -72,6 +77,74 @@ def why_no_triton(device: torch.device) -> str | None:
         return "triton is not installed"
     major, minor = torch.cuda.get_device_capability(device)
     return f"compute capability {major}.{minor} is below 8.0" if major < 8 else None
+
+
+def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A copy on the device. Nothing waits for it: it goes through pinned memory to a GPU."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Fetch:
+    """Tensors on their way to the host, as they are now; later changes of them do not matter."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: torch.Event | None = None
+        self._copies = [self._copy(tensor) for tensor in tensors]
+        if self._event is not None:
+            self._event.record()
+
+    def get(self) -> list[Tensor]:
+        """Waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        self._event = self._event or torch.Event(tensor.device)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """What `run` takes at most beyond what is taken before it; 0 on a CPU, where it is not run."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+class DeviceGraph:
+    """A CUDA graph; all of a pool share the memory of what lies between their ops."""
+
+    def __init__(self, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._pool = pool
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph, pool=self._pool):
+            return run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def graphs_of(device: torch.device) -> Callable[[], DeviceGraph] | None:
+    """Makes graphs of one pool; None: the device has none."""
+    if device.type != "cuda":
+        return None
+    return partial(DeviceGraph, torch.cuda.graph_pool_handle())
 
 
 def free_memory(device: torch.device) -> int:

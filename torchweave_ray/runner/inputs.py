@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate
 from types import MappingProxyType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from torchweave_ray.attention.base import AdapterRows, StepInputs
-from torchweave_ray.engine.plan import ScheduledSequence, StepOutput
+from torchweave_ray.engine.plan import IN_FLIGHT, ScheduledSequence, StepOutput
+from torchweave_ray.runner.device import upload
 
 _NONE: Mapping[str, object] = MappingProxyType({})
 
@@ -42,56 +45,120 @@ class Chunk:
         return 1 + len(self.draft_token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class LastTokens:
+    """What the step before draws: the device may be at it still."""
+
+    ids: Tensor  # [R] int64; negative where there is no token, and nobody will use what comes of it
+    rows: Mapping[int, int]
+    """Of `ids`, by seq_id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """The size to which a batch of decodes is filled up."""
+
+    num_seqs: int
+    num_blocks: int
+    """Of each block table."""
+
+
 def build_inputs(
     chunks: Sequence[Chunk],
     block_size: int,
     device: torch.device,
     adapters: Mapping[str, object] = _NONE,
+    last: LastTokens | None = None,
+    padding: Padding | None = None,
 ) -> StepInputs:
     """The batch of these chunks, in their order; `logit_rows` are in their order too.
 
     `adapters`: those that are loaded; chunks of one are next to each other, those of none first.
+    `last`: for tokens that are in flight. `padding`: sequences of one token that stand for nothing
+    are added at the end.
     """
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    logit_rows: list[int] = []
-    query_start_loc = [0]
+    flat = _Flat(block_size)
     for chunk in chunks:
-        seq = chunk.sequence
-        start, end = seq.start, seq.start + chunk.num_positions
-        token_ids += seq.token_ids[start : start + seq.num_tokens]
-        token_ids += chunk.draft_token_ids
-        positions += range(start, end)
-        for block in range(start // block_size, -(-end // block_size)):
-            first = block * block_size
-            offset = seq.block_table[block] * block_size - first
-            slots += range(max(start, first) + offset, min(end, first + block_size) + offset)
-        query_start_loc.append(len(positions))
-        logit_rows += range(len(positions) - chunk.num_logit_rows, len(positions))
-    assert len(token_ids) == len(positions)
+        flat.add(chunk)
+    num_seqs = len(chunks)
     seq_lens = [chunk.sequence.start + chunk.num_positions for chunk in chunks]
     longest = max(seq_lens)
     width = -(-longest // block_size)
-    tables: list[int] = []
-    for chunk, length in zip(chunks, seq_lens, strict=True):
+    if padding is not None:
+        flat.pad(padding.num_seqs - num_seqs)
+        seq_lens += [1] * (padding.num_seqs - num_seqs)
+        width, longest = padding.num_blocks, padding.num_blocks * block_size
+    tables = np.zeros((len(seq_lens), width), dtype=np.int32)
+    for row, (chunk, length) in enumerate(zip(chunks, seq_lens, strict=False)):
         num = -(-length // block_size)
-        tables += chunk.sequence.block_table[:num]
-        tables += [0] * (width - num)
-    wide = _pack(np.int64, device, token_ids, positions, slots, logit_rows)
-    narrow = _pack(np.int32, device, query_start_loc, seq_lens, tables)
+        tables[row, :num] = chunk.sequence.block_table[:num]
+    wide = _pack(np.int64, device, flat.token_ids, flat.positions, flat.slots, flat.logit_rows)
+    narrow = _pack(np.int32, device, flat.starts, seq_lens, tables.ravel())
+    _fill_in_flight(wide[0], flat.in_flight, last)
     return StepInputs(
         input_ids=wide[0],
         positions=wide[1],
         slot_mapping=wide[2],
         query_start_loc=narrow[0],
         seq_lens=narrow[1],
-        block_tables=narrow[2].view(len(chunks), width),
+        block_tables=narrow[2].view(tables.shape),
         logit_rows=wide[3],
         max_query_len=max(chunk.num_positions for chunk in chunks),
         max_seq_len=longest,
-        adapters=_adapter_rows(chunks, query_start_loc, adapters),
+        adapters=_adapter_rows(chunks, flat.starts, adapters),
+        num_padding=len(seq_lens) - num_seqs,
+        packed=None if padding is None else (wide[-1], narrow[-1]),
     )
+
+
+class _Flat:
+    """The chunks' tokens one behind the other."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.logit_rows: list[int] = []
+        self.starts = [0]
+        self.in_flight: list[tuple[int, int]] = []
+        """(token, seq_id) of those that the step before draws."""
+
+    def add(self, chunk: Chunk) -> None:
+        seq, block_size = chunk.sequence, self._block_size
+        start, end = seq.start, seq.start + chunk.num_positions
+        self.token_ids += seq.token_ids[start : start + seq.num_tokens]
+        if self.token_ids[-1] == IN_FLIGHT:
+            self.in_flight.append((len(self.token_ids) - 1, seq.seq_id))
+        self.token_ids += chunk.draft_token_ids
+        self.positions += range(start, end)
+        for block in range(start // block_size, -(-end // block_size)):
+            first = block * block_size
+            offset = seq.block_table[block] * block_size - first
+            self.slots += range(max(start, first) + offset, min(end, first + block_size) + offset)
+        num = len(self.positions)
+        assert len(self.token_ids) == num
+        self.starts.append(num)
+        self.logit_rows += range(num - chunk.num_logit_rows, num)
+
+    def pad(self, num: int) -> None:
+        first = len(self.positions)
+        self.token_ids += [0] * num
+        self.positions += [0] * num
+        self.slots += [-1] * num
+        self.logit_rows += range(first, first + num)
+        self.starts += range(first + 1, first + num + 1)
+
+
+def _fill_in_flight(
+    input_ids: Tensor, in_flight: Sequence[tuple[int, int]], last: LastTokens | None
+) -> None:
+    if not in_flight:
+        return
+    assert last is not None, "a token is in flight, but no step draws it"
+    pairs = [(token, last.rows[seq_id]) for token, seq_id in in_flight]
+    tokens, rows = upload(np.array(pairs, dtype=np.int64).T.copy(), input_ids.device)
+    input_ids[tokens] = last.ids.to(input_ids.device)[rows].clamp(min=0)
 
 
 def _adapter_rows(
@@ -110,9 +177,15 @@ def _adapter_rows(
 
 
 def _pack(
-    dtype: type[np.int64 | np.int32], device: torch.device, *lists: list[int]
-) -> tuple[torch.Tensor, ...]:
-    """One tensor each, all in one piece of memory: one conversion and one transfer."""
-    ends = list(accumulate(len(values) for values in lists))
-    flat = torch.from_numpy(np.array(list(chain(*lists)), dtype=dtype)).to(device)
-    return tuple(flat[end - len(values) : end] for values, end in zip(lists, ends, strict=True))
+    dtype: type[np.int64 | np.int32],
+    device: torch.device,
+    *parts: Sequence[int] | NDArray[np.int32],
+) -> tuple[Tensor, ...]:
+    """One tensor each, all in one piece of memory, which is the last: one transfer."""
+    ends = list(accumulate(len(part) for part in parts))
+    flat = np.empty(ends[-1], dtype=dtype)
+    for end, part in zip(ends, parts, strict=True):
+        flat[end - len(part) : end] = part
+    moved = upload(flat, device)
+    each = (moved[end - len(part) : end] for end, part in zip(ends, parts, strict=True))
+    return (*each, moved)

@@ -18,6 +18,7 @@ from torchweave_ray.attention.base import LayerKV
 from torchweave_ray.config import CacheConfig
 from torchweave_ray.errors import ConfigError
 
+RAM_SHARE = 0.5
 _MIN_BLOCKS = 2
 _MIB = 1 << 20
 
@@ -47,8 +48,10 @@ def size_kv_cache(
     max_num_seqs: int,
     max_model_len: int | None,
     max_position_embeddings: int,
+    default_share: float = RAM_SHARE,
 ) -> KVSize:
-    """Blocks that fit and the longest sequence they hold.
+    """Blocks that fit and the longest sequence they hold. `default_share`: of free_bytes, where the
+    configuration names none.
 
     Never more blocks than max_num_seqs sequences of full length could use. Raises ConfigError
     with the numbers when kv_memory is not there, or does not hold what max_model_len asks for.
@@ -58,7 +61,7 @@ def size_kv_cache(
         raise ConfigError(
             f"max_model_len {wanted} exceeds the {max_position_embeddings} positions of the model"
         )
-    budget = _budget(cache, free_bytes)
+    budget = _budget(cache, free_bytes, default_share)
     blocks_per_seq = -(-wanted // cache.block_size)
     num_blocks = min(budget // block_bytes, max_num_seqs * blocks_per_seq)
     if max_model_len is not None and num_blocks < blocks_per_seq:
@@ -75,9 +78,10 @@ def size_kv_cache(
     return KVSize(num_blocks, min(wanted, num_blocks * cache.block_size))
 
 
-def _budget(cache: CacheConfig, free_bytes: int) -> int:
+def _budget(cache: CacheConfig, free_bytes: int, default_share: float) -> int:
     if cache.kv_memory == "auto":
-        return int(free_bytes * cache.kv_memory_share / cache.replicas_per_node)
+        share = default_share if cache.kv_memory_share is None else cache.kv_memory_share
+        return int(free_bytes * share / cache.replicas_per_node)
     if cache.kv_memory > free_bytes:
         raise ConfigError(
             f"kv_memory {_mib(cache.kv_memory)} exceeds the {_mib(free_bytes)} that are free "

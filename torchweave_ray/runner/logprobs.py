@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchweave_ray.outputs import TokenLogprobs
+from torchweave_ray.runner.device import Fetch
 
 _ROWS_AT_ONCE = 64
 """Bounds the copies of [rows, vocab] that a long prompt's logprobs make."""
@@ -27,31 +28,36 @@ def token_logprobs(
     entries: list[TokenLogprobs] = []
     for start in range(0, len(token_ids), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        entries += _entries(logits[rows], token_ids[rows], num_top[rows])
+        ids = torch.tensor(token_ids[rows], device=logits.device)
+        entries += TokenScores(logits[rows], ids, num_top[rows]).entries()
     return entries
 
 
-def _entries(
-    logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
-) -> list[TokenLogprobs]:
-    ids = torch.tensor(token_ids, device=logits.device)[:, None]
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen: list[float] = logprobs.gather(1, ids)[:, 0].tolist()
-    ranks: list[int] = (1 + (logits > logits.gather(1, ids)).sum(dim=-1)).tolist()
-    most = min(max(num_top), logits.shape[1])
-    tops = _likeliest(logprobs, most) if most else [[] for _ in token_ids]
-    return [
-        TokenLogprobs(token_id, logprob, rank, tuple(top[:num]))
-        for token_id, logprob, rank, top, num in zip(
-            token_ids, chosen, ranks, tops, num_top, strict=True
+class TokenScores:
+    """As `token_logprobs`, on their way: computed where the logits are, fetched when asked for."""
+
+    def __init__(self, logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> None:
+        """token_ids [R] int64 on the logits' device; negative ones give entries of no use."""
+        ids = token_ids.clamp(min=0)[:, None]
+        logprobs = torch.log_softmax(logits, dim=-1)
+        ranks = 1 + (logits > logits.gather(1, ids)).sum(dim=-1)
+        most = min(max(num_top, default=0), logits.shape[1])
+        top = logprobs.topk(most, dim=-1)
+        self._num_top = num_top
+        self._fetch = Fetch(
+            [ids[:, 0], logprobs.gather(1, ids)[:, 0], ranks, top.indices, top.values]
         )
-    ]
+
+    def entries(self) -> list[TokenLogprobs]:
+        ids, chosen, ranks, top_ids, top = (each.tolist() for each in self._fetch.get())
+        return [
+            TokenLogprobs(token_id, logprob, rank, _likeliest(row_ids, row)[:num])
+            for token_id, logprob, rank, row_ids, row, num in zip(
+                ids, chosen, ranks, top_ids, top, self._num_top, strict=True
+            )
+        ]
 
 
-def _likeliest(logprobs: Tensor, num: int) -> list[list[tuple[int, float]]]:
-    values, ids = logprobs.topk(num, dim=-1)
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return [
-        sorted(zip(row_ids, row, strict=True), key=lambda pair: (-pair[1], pair[0]))
-        for row_ids, row in pairs
-    ]
+def _likeliest(token_ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+    pairs = zip(token_ids, logprobs, strict=True)
+    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))

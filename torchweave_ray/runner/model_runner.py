@@ -1,14 +1,13 @@
 """Runs a StepPlan on an Executor: batch, forward, edits, draws, logprobs, draft verification.
 
-The engine's Runner with real tensors, step depth 0: `submit` computes. Keeps nothing of a sequence
-but its token counts (for penalties), and knows neither queues nor text.
+The engine's Runner with real tensors. `submit` computes, or has a GPU compute; `result` waits.
+Keeps token counts of sequences, for penalties, and at step depth 1 the tokens still being drawn.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -21,11 +20,18 @@ from torchweave_ray.engine.plan import (
     ScheduledSequence,
     StepOutput,
     StepPlan,
-    StepResult,
 )
 from torchweave_ray.models.spec import Executor
-from torchweave_ray.outputs import TokenLogprobs
-from torchweave_ray.runner.inputs import Chunk, build_inputs
+from torchweave_ray.runner.drawn import (
+    NON_FINITE,
+    Collected,
+    DrawnTokens,
+    DrawRow,
+    RunningStep,
+    scored_rows,
+)
+from torchweave_ray.runner.graphs import DecodeGraphs
+from torchweave_ray.runner.inputs import Chunk, LastTokens, build_inputs
 from torchweave_ray.runner.kv_cache import KVCache
 from torchweave_ray.runner.logits import (
     LogitsEdit,
@@ -36,57 +42,11 @@ from torchweave_ray.runner.logits import (
     is_constrained,
 )
 from torchweave_ray.runner.logprobs import token_logprobs
-from torchweave_ray.runner.sampler import NO_TOKEN, Draw, Sampler, sample
+from torchweave_ray.runner.sampler import Draw, Sampler, sample
 from torchweave_ray.sampling_params import SamplingParams
 
 _NO_ADAPTERS: Mapping[str, object] = MappingProxyType({})
 _POOLING = (StepOutput.POOL, StepOutput.POOL_ALL)
-NON_FINITE = "the model gave logits that are not finite"
-NOTHING_ALLOWED = "no token is allowed here: bans, biases and grammar leave none"
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedStep:
-    """A PendingStep that is already computed."""
-
-    step_result: StepResult
-
-    def result(self) -> StepResult:
-        return self.step_result
-
-
-@dataclass(frozen=True, slots=True)
-class _DrawRow:
-    """A row of logits that draws a token."""
-
-    index: int
-    """Of the sequence in the plan."""
-    row: int
-    """Of the logits."""
-    sequence: ScheduledSequence
-    draft_token_ids: tuple[int, ...]
-    """Drafts that stand between the sequence and this draw."""
-
-
-@dataclass(slots=True)
-class _Collected:
-    """A StepResult in the making."""
-
-    token_ids: list[list[int]]
-    logprobs: list[list[TokenLogprobs] | None]
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    pooled: dict[int, list[float]] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-
-    def result(self) -> StepResult:
-        asked = any(entries is not None for entries in self.logprobs)
-        return StepResult(
-            self.token_ids,
-            self.logprobs if asked else (),
-            self.prompt_logprobs,
-            self.pooled,
-            self.failed,
-        )
 
 
 class ModelRunner:
@@ -100,16 +60,19 @@ class ModelRunner:
         device: torch.device,
         sampler: Sampler = sample,
         adapters: Mapping[str, object] = _NO_ADAPTERS,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """`adapters`: those that are loaded, by id; it changes between steps."""
-        assert limits.step_depth == 0
-        self._executor = executor
+        """`adapters`: those that are loaded, by id; it changes between steps. `graphs`: replay
+        steps of decodes."""
+        self._graphs = graphs
+        self._executor = self._wrapped(executor)
         self._kv_cache = kv_cache
         self._limits = limits
         self._device = device
         self._sample = sampler
         self._adapters = adapters
         self._counts: dict[int, TokenCounts] = {}
+        self._last: LastTokens | None = None
 
     @property
     def kv_cache(self) -> KVCache:
@@ -119,19 +82,23 @@ class ModelRunner:
     def limits(self) -> RuntimeLimits:
         return self._limits
 
+    @property
+    def captured_sizes(self) -> tuple[int, ...]:
+        """Numbers of sequences for which the executor captures steps of decodes."""
+        return () if self._graphs is None else self._graphs.ladder.sizes
+
     def submit(self, plan: StepPlan) -> PendingStep:
         num = len(plan.sequences)
-        collected = _Collected([[] for _ in range(num)], [None] * num)
+        collected = Collected([[] for _ in range(num)], [None] * num)
         order = sorted(range(num), key=lambda index: plan.sequences[index].adapter_id)
         chunks = [(index, _chunk(plan, index)) for index in order]
         pooling = [c for _, c in chunks if c.sequence.output in _POOLING]
         with torch.inference_mode():
             self._kv_cache.copy_blocks(plan.block_copies)
-            if len(pooling) < num:
-                self._generate(plan, chunks, collected)
+            drawn = self._generate(plan, chunks, collected) if len(pooling) < num else None
             if pooling:
                 self._pool(pooling, collected)
-        return FinishedStep(collected.result())
+        return RunningStep(collected, drawn)
 
     def release(self, seq_id: int) -> None:
         self._counts.pop(seq_id, None)
@@ -139,6 +106,7 @@ class ModelRunner:
     def reset(self) -> None:
         """Forget all sequences: a new engine counts them from the start."""
         self._counts.clear()
+        self._last = None
 
     def close(self) -> None:
         self.reset()
@@ -150,10 +118,10 @@ class ModelRunner:
         del self._executor, self._sample
 
     def restore_memory(self, executor: Executor, sampler: Sampler) -> None:
-        self._executor, self._sample = executor, sampler
+        self._executor, self._sample = self._wrapped(executor), sampler
         self._kv_cache.open()
 
-    def _pool(self, chunks: Sequence[Chunk], collected: _Collected) -> None:
+    def _pool(self, chunks: Sequence[Chunk], collected: Collected) -> None:
         """Pooling sequences make a batch of their own: their head is another."""
         inputs = self._inputs(chunks)
         hidden = self._executor.hidden(inputs, self._kv_cache.layers)
@@ -165,14 +133,19 @@ class ModelRunner:
             else:
                 collected.failed[seq_id] = "the model gave a hidden state that is not finite"
 
+    def _wrapped(self, executor: Executor) -> Executor:
+        return executor if self._graphs is None else self._graphs.wrap(executor)
+
     def _inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
-        return build_inputs(chunks, self._limits.block_size, self._device, self._adapters)
+        block_size = self._limits.block_size
+        padding = None if self._graphs is None else self._graphs.ladder.fit(chunks, block_size)
+        return build_inputs(chunks, block_size, self._device, self._adapters, self._last, padding)
 
     def _generate(
-        self, plan: StepPlan, chunks: Sequence[tuple[int, Chunk]], collected: _Collected
-    ) -> None:
+        self, plan: StepPlan, chunks: Sequence[tuple[int, Chunk]], collected: Collected
+    ) -> DrawnTokens | None:
         """`chunks`: with their indices in the plan."""
-        rows: list[_DrawRow] = []
+        rows: list[DrawRow] = []
         batch: list[Chunk] = []
         prompt_rows: list[tuple[ScheduledSequence, int]] = []  # with the first of their logits
         num_rows = 0
@@ -186,18 +159,23 @@ class ModelRunner:
             elif seq.output is StepOutput.SAMPLE:
                 for num in range(chunk.num_logit_rows):
                     drafts = chunk.draft_token_ids[:num]
-                    rows.append(_DrawRow(index, num_rows + num, seq, drafts))
+                    rows.append(DrawRow(index, num_rows + num, seq, drafts))
             num_rows += chunk.num_logit_rows
         inputs = self._inputs(batch)
         logits = self._executor.forward(inputs, self._kv_cache.layers)
         assert logits.shape == (num_rows, self._limits.vocab_size)
         for seq, first_row in prompt_rows:
             self._score_prompt(seq, logits[first_row : first_row + seq.num_tokens], collected)
+        drawn = None
         if rows:
             picked = logits if len(rows) == num_rows else logits[[row.row for row in rows]]
-            self._draw(plan, rows, picked, collected)
+            drawn = self._draw(plan, rows, picked)
+        if self._limits.step_depth:
+            places = {row.sequence.seq_id: i for i, row in enumerate(rows)}
+            self._last = None if drawn is None else LastTokens(drawn.ids, places)
+        return drawn
 
-    def _score_prompt(self, seq: ScheduledSequence, logits: Tensor, collected: _Collected) -> None:
+    def _score_prompt(self, seq: ScheduledSequence, logits: Tensor, collected: Collected) -> None:
         """Logprobs of the tokens that follow this chunk's; the scheduler sees that all exist."""
         following = list(seq.token_ids[seq.start + 1 : seq.start + seq.num_tokens + 1])
         num_top = [seq.sampling.prompt_logprobs or 0] * seq.num_tokens
@@ -207,31 +185,16 @@ class ModelRunner:
         else:
             collected.failed[seq.seq_id] = NON_FINITE
 
-    def _draw(
-        self,
-        plan: StepPlan,
-        rows: Sequence[_DrawRow],
-        logits: Tensor,
-        collected: _Collected,
-    ) -> None:
-        """Draw all rows of logits [len(rows), V] at once, then keep what the drafts allow."""
-        scored = [i for i, row in enumerate(rows) if row.sequence.sampling.logprobs is not None]
+    def _draw(self, plan: StepPlan, rows: Sequence[DrawRow], logits: Tensor) -> DrawnTokens:
+        """Draw all rows of logits [len(rows), V] at once."""
+        scored = scored_rows(rows)
         raw = logits[scored] if scored else None  # a copy: edits come next
         edits = (self._edit(plan, row, i) for i, row in enumerate(rows))
         edit_logits(logits, [edit for edit in edits if edit is not None])
         drawn = self._sample(logits, [_draw_of(row) for row in rows])
-        for i, (row, token_id) in enumerate(zip(rows, drawn, strict=True)):
-            tokens = collected.token_ids[row.index]
-            if list(row.draft_token_ids) != tokens:
-                continue  # an earlier draft was not what its draw gave
-            if token_id != NO_TOKEN:
-                tokens.append(token_id)
-            elif not tokens:
-                collected.failed[row.sequence.seq_id] = _why_no_token(logits[i])
-        if raw is not None:
-            _score_tokens([rows[i] for i in scored], [drawn[i] for i in scored], raw, collected)
+        return DrawnTokens(rows, drawn, logits, raw)
 
-    def _edit(self, plan: StepPlan, row: _DrawRow, logits_row: int) -> LogitsEdit | None:
+    def _edit(self, plan: StepPlan, row: DrawRow, logits_row: int) -> LogitsEdit | None:
         seq = row.sequence
         allowed = None
         if plan.bitmask is not None and is_constrained(plan.bitmask[row.index]):
@@ -252,7 +215,7 @@ class ModelRunner:
             return None
         return LogitsEdit(logits_row, sampling, banned, counts, allowed)
 
-    def _counts_of(self, row: _DrawRow) -> TokenCounts:
+    def _counts_of(self, row: DrawRow) -> TokenCounts:
         seq = row.sequence
         counts = self._counts.get(seq.seq_id)
         if counts is None:
@@ -267,31 +230,13 @@ def _chunk(plan: StepPlan, index: int) -> Chunk:
     return Chunk(seq, seq.draft_token_ids if seq.output is StepOutput.SAMPLE else ())
 
 
-def _output_before(row: _DrawRow) -> list[int]:
+def _output_before(row: DrawRow) -> list[int]:
     """The generated tokens that this draw comes after."""
     seq = row.sequence
     end = seq.start + seq.num_tokens
     return [*seq.token_ids[seq.num_prompt_tokens : end], *row.draft_token_ids]
 
 
-def _draw_of(row: _DrawRow) -> Draw:
+def _draw_of(row: DrawRow) -> Draw:
     seq = row.sequence
     return Draw(seq.sampling, seq.seed, seq.output_index + len(row.draft_token_ids))
-
-
-def _why_no_token(logits: Tensor) -> str:
-    return NOTHING_ALLOWED if logits.max().item() == -math.inf else NON_FINITE
-
-
-def _score_tokens(
-    rows: Sequence[_DrawRow], drawn: Sequence[int], raw: Tensor, collected: _Collected
-) -> None:
-    """Logprobs of the kept tokens, from raw logits [len(rows), V]."""
-    num_top = [row.sequence.sampling.logprobs or 0 for row in rows]
-    safe = [max(token_id, 0) for token_id in drawn]  # NO_TOKEN is scored, but never kept
-    for row, entry in zip(rows, token_logprobs(raw, safe, num_top), strict=True):
-        entries = collected.logprobs[row.index]
-        if entries is None:
-            entries = collected.logprobs[row.index] = []
-        if len(row.draft_token_ids) < len(collected.token_ids[row.index]):
-            entries.append(entry)

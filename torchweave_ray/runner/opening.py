@@ -5,20 +5,32 @@ Knows neither artifacts nor who asks the runner for steps.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.config import EngineConfig
-from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
+from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepOutput, StepPlan
+from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.models.config import ModelConfig
-from torchweave_ray.models.spec import DecoderSpec, Executor
+from torchweave_ray.models.spec import DecoderSpec, Executor, Experts
 from torchweave_ray.runner.adapters import AdapterStore
-from torchweave_ray.runner.device import free_memory
-from torchweave_ray.runner.kv_cache import KVCache, KVShape, size_kv_cache
+from torchweave_ray.runner.backends import sampler_of
+from torchweave_ray.runner.device import free_memory, graphs_of, peak_bytes
+from torchweave_ray.runner.graphs import DecodeGraphs, Ladder
+from torchweave_ray.runner.inputs import Chunk, build_inputs
+from torchweave_ray.runner.kv_cache import RAM_SHARE, KVCache, KVShape, KVSize, size_kv_cache
 from torchweave_ray.runner.model_runner import ModelRunner
-from torchweave_ray.runner.native_sampler import sampler_of
 from torchweave_ray.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_GPU_SHARE = 0.9
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 def open_runner(
@@ -34,27 +46,109 @@ def open_runner(
     """`bytes_beside`: of KV memory, that each block takes elsewhere, too. Raises ConfigError with
     the numbers when the memory is not there."""
     block_size = config.cache.block_size
-    size = size_kv_cache(
-        config.cache,
-        bytes_beside
-        + block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype),
-        free_memory(device),
-        config.scheduler.max_num_seqs,
-        config.max_model_len,
-        model.max_position_embeddings,
-    )
     shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, kv_dtype)
+    step_bytes = peak_bytes(lambda: _largest_step(executor, shape, config, model, device), device)
+    block = block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
+    size, kv_cache = allocate(
+        lambda: size_kv_cache(
+            config.cache,
+            bytes_beside + block,
+            max(0, free_memory(device) - step_bytes),
+            config.scheduler.max_num_seqs,
+            config.max_model_len,
+            model.max_position_embeddings,
+            RAM_SHARE if device.type == "cpu" else _GPU_SHARE,
+        ),
+        lambda num_blocks: KVCache(shape, num_blocks, device),
+    )
     limits = RuntimeLimits(
         size.num_blocks,
         block_size,
         size.max_model_len,
         spec.vocab_size,
         model.eos_token_ids,
+        step_depth=_step_depth(config, device),
         kept_positions=_kept_positions(model),
     )
-    kv_cache = KVCache(shape, size.num_blocks, device)
+    graphs = _graphs(executor, spec, config, size, device)
     loaded = {} if store is None else store.loaded
-    return ModelRunner(executor, kv_cache, limits, device, sampler_of(executor), loaded)
+    sampler = sampler_of(executor)
+    return ModelRunner(executor, kv_cache, limits, device, sampler, loaded, graphs)
+
+
+def _graphs(
+    executor: Executor,
+    spec: DecoderSpec,
+    config: EngineConfig,
+    size: KVSize,
+    device: torch.device,
+) -> DecodeGraphs | None:
+    """Of our Triton kernels, which look at nothing on the host; experts are chosen there."""
+    make_graph = graphs_of(device)
+    is_capturable = executor.name.startswith("triton") and not any(
+        isinstance(op, Experts) for op in spec.ops
+    )
+    if make_graph is None or not is_capturable or not config.runner.decode_graphs:
+        return None
+    return DecodeGraphs(Ladder(config.scheduler.max_num_seqs, size.max_model_len), make_graph)
+
+
+def allocate(
+    find_size: Callable[[], KVSize], make: Callable[[int], KVCache]
+) -> tuple[KVSize, KVCache]:
+    """A cache of the size that fits; if somebody else takes memory meanwhile, a smaller one. Raises
+    ConfigError when even the second try fails, with what is missing."""
+    size = find_size()
+    try:
+        return size, make(size.num_blocks)
+    except torch.OutOfMemoryError as error:
+        logger.warning(
+            "[Cache] %d KV blocks did not fit (%s); measuring anew", size.num_blocks, error
+        )
+    size = find_size()
+    try:
+        return size, make(size.num_blocks)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{size.num_blocks} KV blocks do not fit, though so much was free a moment ago: "
+            "another process takes memory of this GPU; lower kv_memory or kv_memory_share "
+            f"({error})"
+        ) from error
+
+
+def _step_depth(config: EngineConfig, device: torch.device) -> int:
+    guesses = config.speculation.method != "none"
+    depth = config.runner.step_depth
+    if depth == "auto":
+        return int(device.type != "cpu" and not guesses)
+    if depth and guesses:
+        raise ConfigError(
+            "runner.step_depth 1 does not go with speculation.method "
+            f"{config.speculation.method!r}: what follows a token is guessed when it is known"
+        )
+    return depth
+
+
+def _largest_step(
+    executor: Executor,
+    shape: KVShape,
+    config: EngineConfig,
+    model: ModelConfig,
+    device: torch.device,
+) -> None:
+    """As many tokens of prompts as a step may have, and as many rows of logits."""
+    num_tokens = config.scheduler.step_tokens
+    longest = min(num_tokens, config.max_model_len or model.max_position_embeddings)
+    lengths = [longest] * (num_tokens // longest)
+    lengths += [num_tokens - sum(lengths)] * (num_tokens % longest > 0)
+    blocks = list(range(-(-longest // shape.block_size)))
+    num_rows = config.scheduler.max_num_seqs
+    cache = KVCache(shape, len(blocks), device)
+    chunks = [Chunk(_sequence(n, 0, blocks, [0] * n)) for n in lengths]
+    inputs = build_inputs(chunks, shape.block_size, device)
+    rows = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    executor.forward(replace(inputs, logit_rows=rows), cache.layers)
+    cache.close()
 
 
 def _kept_positions(model: ModelConfig) -> int | None:
@@ -66,16 +160,26 @@ def _kept_positions(model: ModelConfig) -> int | None:
 
 def run_first_step(runner: ModelRunner) -> None:
     """Compute one token: maps the weights in, so that no request waits for the disk, and a model
-    that cannot run fails the start. What it leaves in block 0 is overwritten before it is read."""
-    seq = ScheduledSequence(
-        seq_id=-1,
+    that cannot run fails the start. Then one of each size that is captured. What this leaves in
+    block 0 is overwritten before it is read."""
+    for num_seqs in (1, *runner.captured_sizes):
+        plan = StepPlan(tuple(_sequence(1, -1 - i, [0], [0]) for i in range(num_seqs)))
+        runner.submit(plan).result()
+        for seq in plan.sequences:
+            runner.release(seq.seq_id)
+
+
+def _sequence(
+    num_tokens: int, seq_id: int, block_table: list[int], token_ids: list[int]
+) -> ScheduledSequence:
+    return ScheduledSequence(
+        seq_id=seq_id,
         start=0,
-        num_tokens=1,
-        token_ids=[0],
-        num_prompt_tokens=1,
-        block_table=[0],
-        sampling=SamplingParams(temperature=0.0),
+        num_tokens=num_tokens,
+        token_ids=token_ids,
+        num_prompt_tokens=num_tokens,
+        block_table=block_table,
+        sampling=_GREEDY,
         seed=0,
+        output=StepOutput.SAMPLE,
     )
-    runner.submit(StepPlan((seq,))).result()
-    runner.release(seq.seq_id)

@@ -30,13 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchweave_ray.runner.philox import uniforms
+from torchweave_ray.runner.sampling.philox import uniforms
 from torchweave_ray.sampling_params import SamplingParams
 
 NO_TOKEN = -1
 """Stands where a row has no draw: a logit is NaN or +inf, or no token is allowed."""
+NOTHING_ALLOWED = -2
+"""In its place from a sampler that can tell: all logits are -inf."""
 
-_MIN_TEMPERATURE = 2.0**-100
+MIN_TEMPERATURE = 2.0**-100
 _NUM_LIKELIEST = (256, 4096)
 """top_p looks at so many of the likeliest tokens before it sorts a row whole."""
 
@@ -50,8 +52,8 @@ class Draw:
     output_index: int
 
 
-Sampler = Callable[[Tensor, Sequence[Draw]], list[int]]
-"""`sample` below, or a twin of it."""
+Sampler = Callable[[Tensor, Sequence[Draw]], Tensor | list[int]]
+"""`sample` below, or a twin of it; a tensor [R] int64 where the device computes it still."""
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -99,7 +101,7 @@ def draw(
     Filters that are off in all rows cost nothing. Rows with l_max not finite give any id.
     """
     weights = logits - l_max[:, None]
-    weights /= temperature.clamp(min=_MIN_TEMPERATURE)[:, None]
+    weights /= temperature.clamp(min=MIN_TEMPERATURE)[:, None]
     weights.exp_()
     _keep_top_k(weights, logits, top_k)
     _keep_top_p(weights, top_p)

@@ -5,7 +5,7 @@
 
 namespace {
 
-// Philox4x32-10; see runner/philox.py for which words make the uniform.
+// Philox4x32-10; see runner/sampling/philox.py for which words make the uniform.
 static inline double uniform(uint64_t seed, uint64_t index) {
     uint32_t c0 = (uint32_t)index, c1 = 0, c2 = 0, c3 = 0;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchweave_ray.attention.base import AttentionShape, HeadNorms, LayerKV, StepInputs
-from torchweave_ray.kernels.quantization import QuantizedLinear
+from torchweave_ray.kernels.quantization import FP8, QuantizedLinear
 from torchweave_ray.kernels.triton import linear as products
 from torchweave_ray.kernels.triton.activation import gated
 from torchweave_ray.kernels.triton.norm import rms_norm
@@ -19,6 +19,7 @@ from torchweave_ray.kernels.triton.rope import rotate_and_write
 
 _FORMATS = {
     "int8": products.ROW_SCALE,
+    "fp8": products.ROW_SCALE,
     "int8-group32": products.GROUP_INT8,
     "int4-group32": products.GROUP_INT4,
 }
@@ -28,11 +29,10 @@ _FEW_ROWS = 64
 
 
 class TritonOps:
-    name = "triton"
-
     def __init__(self, batch_invariant: bool = False) -> None:
         """`batch_invariant`: a row's bits do not depend on the other rows of its batch."""
         self._batch_invariant = batch_invariant
+        self.name = "triton-invariant" if batch_invariant else "triton"
 
     def linear(self, x: Tensor, weight: Tensor | QuantizedLinear, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Tensor) and not self._batch_invariant:
@@ -42,7 +42,8 @@ class TritonOps:
         format, is_codes = products.PLAIN, False
         if isinstance(weight, QuantizedLinear):
             scales, mins = weight.scales, weight.scales if weight.mins is None else weight.mins
-            format, is_codes = _FORMATS[weight.format], weight.codes.dtype == torch.uint8
+            format, is_codes = _FORMATS[weight.format], weight.format == "int8"
+            codes = codes.view(FP8) if weight.format == "fp8" else codes
         (m, k), n = x.shape, codes.shape[0]
         out = torch.empty((m, n), dtype=x.dtype, device=x.device)
         if m == 0:

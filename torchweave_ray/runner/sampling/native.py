@@ -12,9 +12,7 @@ from torch import Tensor
 
 from torchweave_ray.kernels.library import Team
 from torchweave_ray.kernels.structs import Draw as NativeDraw
-from torchweave_ray.models.native_executor import NativeExecutor
-from torchweave_ray.models.spec import Executor
-from torchweave_ray.runner.sampler import Draw, Sampler, sample
+from torchweave_ray.runner.sampler import Draw
 
 
 class NativeSampler:
@@ -41,8 +39,3 @@ class NativeSampler:
 def _native(draw: Draw) -> NativeDraw:
     p = draw.sampling
     return NativeDraw(p.top_p, draw.seed, draw.output_index, p.top_k, p.temperature, p.min_p)
-
-
-def sampler_of(executor: Executor) -> Sampler:
-    """On the executor's own threads, where it has some."""
-    return NativeSampler(executor.team) if isinstance(executor, NativeExecutor) else sample

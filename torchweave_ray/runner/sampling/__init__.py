@@ -1,0 +1,1 @@
+"""Draws of tokens: the generator behind all of them, and the twins of `runner/sampler.py`."""
