@@ -1,6 +1,6 @@
 # One command for people and CI. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow fuzz lock serve bench
+.PHONY: help setup check test test-slow fuzz soak lock serve bench
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -53,6 +53,10 @@ fuzz: setup ## mutated model files and calls, NUM of each kind
 	for kind in gguf safetensors artifact adapter; do \
 		$(BIN)/python -m tests.fuzz.readers $$kind --num $(NUM) --seed $(SEED) || exit 1; done
 	$(BIN)/python -m tests.fuzz.calls --num $(NUM) --seed $(SEED)
+
+SOAK_S ?= 1800
+soak: setup ## half an hour (SOAK_S=) at 32 clients: memory, files and blocks have to stay as they are
+	$(BIN)/python -m tests.soak.soak --seconds $(SOAK_S)
 
 lock: setup ## renew locks/, the hashes of what the image installs, after changing dependencies
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/lock.py

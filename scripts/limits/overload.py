@@ -35,6 +35,8 @@ MODEL = "overloaded"
 IN_TIME_S = 10.0
 """A first token later than that is for a client that has left."""
 POLL_S = 0.05
+PROBES = (400, 800, 1200, 1500, 400, 800, 1200, 1500)
+"""Prompts that are refused; the shortest that takes a second is the least that the header says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Load:
     """Of the server's queue: about two seconds of prompts."""
     surge_s: float = 8.0
     """Before each look at a Retry-After."""
-    probe_lens: tuple[int, ...] = (200, 400, 800, 1200, 1500, 400, 800, 1200)
+    probe_lens: tuple[int, ...] = PROBES
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +170,12 @@ async def measure(url: str, load: Load) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = [
         {"what": "capacity", "requests_s": round(requests_s, 2), "tokens_s": round(tokens_s, 1)}
     ]
-    print(points[-1], flush=True)
+    print(json.dumps(points[-1]), flush=True)
     rate = load.factor * requests_s
     started = time.perf_counter()
     answers, left = await surge(clients, load, rate, load.seconds, seed=1)
     points.append(_overload(answers, started, load, tokens_s))
-    print(points[-1], flush=True)
+    print(json.dumps(points[-1]), flush=True)
     looks = []
     for number, num_prompt in enumerate(load.probe_lens):
         if number:
@@ -185,7 +187,7 @@ async def measure(url: str, load: Load) -> list[dict[str, Any]]:
         await asyncio.gather(*left, return_exceptions=True)
         await asyncio.sleep(1.0)
     points.append({"what": "retry after", "looks": looks, **_rightness(looks)})
-    print(points[-1], flush=True)
+    print(json.dumps(points[-1]), flush=True)
     return points
 
 
@@ -259,9 +261,12 @@ def main(
     recipe: str = "smollm2-135m",
     seconds: Annotated[float, typer.Option(min=5)] = 120.0,
     factor: Annotated[float, typer.Option(min=1.5)] = 3.0,
+    capacity_s: Annotated[float, typer.Option(min=5)] = 30.0,
+    looks: Annotated[int, typer.Option(help="At Retry-After.", min=0)] = len(PROBES),
     save: bool = False,
 ) -> None:
-    load = Load(factor=factor, seconds=seconds)
+    """One JSON line for each part."""
+    load = Load(factor, seconds, capacity_s, probe_lens=PROBES[:looks])
     points = run(recipe, load)
     if save:
         config = {"recipe": recipe, **asdict(load)}
