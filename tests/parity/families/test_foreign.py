@@ -85,6 +85,9 @@ def test_greedy_ids_are_those_of_transformers(
     ):
         assert llm.info.executor == "transformers"
         assert [list(c.token_ids) for c in llm.generate(prompts, greedy)] == wanted
+        llm.sleep()
+        assert [list(c.token_ids) for c in llm.generate(prompts, greedy)] == wanted
+        assert llm.stats().num_wakes == 1
     assert "transformers' own code runs it, slower" in caplog.text
     with pytest.raises(ConfigError, match=r"'native', but .* is run by transformers"):
         LLM(artifact, max_model_len=64, runner={"executor": "native"})

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SAVING_S = 1.0
+"""For cached blocks that are not on the disk yet; a request that comes now waits for it."""
+
 
 class Memory(Protocol):
     """Weights and KV cache of a runner between whose steps it is called."""
@@ -52,7 +55,7 @@ class Rest:
         """What lies in the memory."""
         engine = self._engine
         engine.forget_released()
-        engine.spill.flush()
+        engine.spill.flush(_SAVING_S)
         self._blocks.forget_cache()
         if engine.drafter is not None:
             engine.drafter.forget_cache()

@@ -25,7 +25,8 @@ _BATCH_BYTES = 32 << 20
 _PATIENCE_S = 2.0
 """A disk that takes longer is not waited for: the prompt is computed."""
 _WAIT_S = 0.02
-_FLUSH_S = 5.0
+_CLOSING_S = 5.0
+"""For what is not saved yet when the engine closes."""
 
 
 class BlockStore(Protocol):
@@ -140,9 +141,9 @@ class Spill:
         self._saving = self._store.save(portion)
         return True
 
-    def flush(self) -> None:
+    def flush(self, timeout_s: float) -> None:
         """Save all that is cached, if it can be done in time."""
-        end = self._clock() + _FLUSH_S
+        end = self._clock() + timeout_s
         while self._clock() < end and self.save():
             if self._saving is not None:
                 wait([self._saving], max(0.0, end - self._clock()))
@@ -150,7 +151,7 @@ class Spill:
     def close(self) -> None:
         """Closing twice does nothing."""
         if self._store is not None:
-            self.flush()
+            self.flush(_CLOSING_S)
             self._store.close()
             self._store = None
 
