@@ -18,7 +18,7 @@ import typer
 from torchweave_ray.bench.origin import save_results
 from torchweave_ray.build import LoadedModel, build_engine, load_model
 from torchweave_ray.cli.artifact import artifact_of
-from torchweave_ray.config import EngineConfig, RunnerConfig
+from torchweave_ray.config import EngineConfig
 from torchweave_ray.outputs import GenerateRequest
 from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
@@ -26,8 +26,7 @@ from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
 GUEST, FLOOD = "guest", "flood"
 SHARE = 0.5
 """Of the machine, for each of two tenants."""
-CONFIG = EngineConfig(runner=RunnerConfig(threads=1))
-"""One: this process has work of its own, and a step waits for the slowest thread."""
+CONFIG = EngineConfig()
 CONDITIONS = {"alone": None, "flood of another tenant": FLOOD, "flood of his own": GUEST}
 
 

@@ -16,7 +16,7 @@ from tests.engine.test_scheduler import make_engine, make_request, run, steps_to
 from tests.properties.test_engine_properties import Workload
 from torchweave_ray.config import CacheConfig
 from torchweave_ray.engine.engine import Engine
-from torchweave_ray.engine.fairness import OUTPUT_COST, FairShares
+from torchweave_ray.engine.fairness import CREDIT, OUTPUT_COST, FairShares
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.engine.sequence import Sequence
 from torchweave_ray.engine.waiting_queue import WaitingQueue
@@ -188,7 +188,7 @@ def test_who_asks_one_by_one_has_no_more_than_his_share() -> None:
     assert served.service["b"] >= served.service["a"] * 0.6, "and not much less either"
 
 
-def test_rest_earns_nothing() -> None:
+def test_rest_earns_a_short_prompt_and_no_more() -> None:
     engine, _ = make_engine(LIMITS, NO_CACHE, max_num_seqs=4, max_num_batched_tokens=64)
     served = Served(engine)
     for i in range(60):
@@ -200,7 +200,8 @@ def test_rest_earns_nothing() -> None:
         served.add(make_request(f"b{i}", 100, 20, tenant="b"))
     for _ in range(60):
         served.step()
-    assert served.service["a"] - before > 0.7 * served.service["b"]
+    lead = served.service["b"] - (served.service["a"] - before)
+    assert -100 < lead < CREDIT + 200, "beside what is begun and not yet counted"
 
 
 def test_priority_counts_among_ones_own() -> None:

@@ -111,8 +111,8 @@ class Clients:
         connection.close()
 
     def _body(self, **more: Any) -> bytes:
-        words = "".join(self._rng.choices("abcdefgh ", k=self._rng.randint(3, 150)))
-        body = {"prompt": words, "max_tokens": self._rng.randint(1, 120), "ignore_eos": True}
+        words = "".join(self._rng.choices("abcdefgh ", k=self._rng.randint(3, 250)))
+        body = {"prompt": words, "max_tokens": self._rng.randint(1, 24), "ignore_eos": True}
         return json.dumps(body | {"n": self._rng.choice((1, 1, 1, 2))} | more).encode()
 
     async def _read(self, connection: Connection) -> str:

@@ -8,6 +8,7 @@ queue's. A tenant that is alone costs nothing and waits for nobody. Knows no tex
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -20,14 +21,19 @@ if TYPE_CHECKING:
 
 OUTPUT_COST = 2.0
 """Of a token of the output, where one of the prompt costs 1."""
+CREDIT = 512.0
+"""Service that a tenant may be behind the others by and still get."""
 
 
 class Tenant:
-    __slots__ = ("num_open", "service", "weight")
+    __slots__ = ("level", "num_open", "service", "weight")
 
     def __init__(self, service: float) -> None:
         self.service = service
         """Tokens, over its weight."""
+        self.level = 0.0
+        """What the least served had when it came: below that it has credit, which is no measure
+        for others."""
         self.num_open = 0
         """Sequences that have not finished."""
         self.weight = 1.0
@@ -45,11 +51,13 @@ class FairShares:
         return len(self._tenants) > 1 and sum(t.num_open > 0 for t in self._tenants.values()) > 1
 
     def join(self, seq: Sequence) -> None:
-        """Idle time earns nothing: a tenant that comes back is level with the least served."""
+        """Idle time earns a short prompt and no more: whoever comes back goes first with that much,
+        for two prompts that take turns would both be late."""
         request = seq.state.request
-        tenant = self._tenants.setdefault(request.tenant, Tenant(0.0))
+        tenant = self._tenants.setdefault(request.tenant, Tenant(-math.inf))
         if not tenant.num_open:
-            tenant.service = max(tenant.service, self._least())
+            tenant.level = self._least()
+            tenant.service = max(tenant.service, tenant.level - CREDIT)
         tenant.num_open += 1
         tenant.weight = request.weight
 
@@ -133,16 +141,17 @@ class FairShares:
         return share
 
     def _least(self) -> float:
-        return min((t.service for t in self._tenants.values() if t.num_open), default=0.0)
+        tenants = self._tenants.values()
+        return min((max(t.service, t.level) for t in tenants if t.num_open), default=0.0)
 
     def _forget(self) -> None:
-        """Nobody open: no debts. Else whoever is gone and has had no more than the others."""
+        """Nobody open: no debts. Else whoever is gone and would come back with all the credit."""
         if not any(tenant.num_open for tenant in self._tenants.values()):
             self._tenants.clear()
         elif len(self._tenants) > 1:
             least = self._least()
             for name in [n for n, t in self._tenants.items() if not t.num_open]:
-                if self._tenants[name].service <= least:
+                if self._tenants[name].service <= least - CREDIT:
                     del self._tenants[name]
 
 
