@@ -27,6 +27,8 @@ LOAD_WINDOW = 2
 LOAD_RATIO = 1.25
 """A replica is crowded above ratio x (the least load) + window: then it is only taken when all
 are. However good a match is, it never makes one replica much busier than the others."""
+WAKE_TOKENS = 1024
+"""What waking a replica weighs."""
 KV_FULL = 0.9
 """Share of KV blocks held by sequences from which on a replica counts as crowded."""
 HOME_TOKENS = REQUEST_TOKENS
@@ -54,6 +56,7 @@ def routing_stats(stats: Stats, block_size: int) -> dict[str, float]:
         "waiting": stats.num_waiting_tokens // 512 * 512,
         "kv": round(stats.kv_usage * 20) / 20,
         "capacity": stats.num_blocks * block_size,
+        "asleep": stats.num_asleep,
     }
 
 
@@ -79,6 +82,8 @@ class View:
     owned_tokens: int = 0
     """Sent there from here and probably still in its cache."""
     is_avoided: bool = False
+    is_asleep: bool = False
+    """Its cache is empty, whatever was sent there."""
 
 
 def rank(views: Sequence[View], num_tokens: int, anchor: bytes) -> list[str]:
@@ -93,6 +98,7 @@ def rank(views: Sequence[View], num_tokens: int, anchor: bytes) -> list[str]:
     def key(view: View) -> tuple[bool, bool, float, int, float]:
         is_crowded = view.load > window or view.kv_usage >= KV_FULL
         to_compute = max(0, num_tokens - view.matched_tokens) + view.waiting_tokens
+        to_compute += WAKE_TOKENS if view.is_asleep else 0
         cost = to_compute + REQUEST_TOKENS * view.load - (HOME_TOKENS if view.id == home else 0)
         return (view.is_avoided, is_crowded, cost, view.owned_tokens, random.random())
 
@@ -227,13 +233,13 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
 
     def _view(self, id_: str, replica: RunningReplica, hint: RoutingHint | None) -> View:
         memory = self._memories.get(id_)
-        matched = 0
+        is_asleep, matched = _number(replica, "asleep") > 0, 0
         is_avoided = self._is_suspect(replica)
         if hint is not None:
             is_avoided |= id_ in hint.avoid
             if hint.session and self._sessions.get(hint.session) == id_:
                 matched = hint.num_tokens
-            elif memory is not None:
+            elif memory is not None and not is_asleep:
                 matched = memory.matched(hint.marks)
         return View(
             id_,
@@ -243,6 +249,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's base class is 
             matched,
             memory.num_tokens if memory is not None else 0,
             is_avoided,
+            is_asleep,
         )
 
     def _is_suspect(self, replica: RunningReplica) -> bool:

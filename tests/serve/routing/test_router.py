@@ -175,10 +175,11 @@ def test_memory_forgets_the_oldest_ends_first() -> None:
 def test_reported_stats_are_coarse() -> None:
     stats = Stats(num_running=33, num_waiting=2, num_waiting_tokens=700, num_blocks=100)
     reported = routing_stats(replace(stats, num_free_blocks=58), BLOCK)
-    assert reported == {"requests": 32, "waiting": 512, "kv": 0.4, "capacity": 1600}
+    assert reported == {"requests": 32, "waiting": 512, "kv": 0.4, "capacity": 1600, "asleep": 0}
     again = replace(stats, num_running=34, num_waiting_tokens=900, num_free_blocks=59)
     assert routing_stats(again, BLOCK) == reported
-    assert routing_stats(Stats(), BLOCK) == {"requests": 0, "waiting": 0, "kv": 0, "capacity": 0}
+    zeros = {"requests": 0, "waiting": 0, "kv": 0, "capacity": 0, "asleep": 0}
+    assert routing_stats(Stats(), BLOCK) == zeros
 
 
 @dataclass
@@ -334,6 +335,22 @@ def test_missing_or_strange_stats_are_no_error(stats: Any) -> None:
         await routed.send(request([1, 2, 3]))
         assert await routed.router.choose_replicas([], None) == []
         assert len(await routed.router.choose_replicas(routed.replicas, None)) == 2
+
+    asyncio.run(body())
+
+
+def test_a_sleeping_replica_is_woken_only_when_the_others_are_busy() -> None:
+    async def body() -> None:
+        routed = Routed("a", "b")
+        sent = request(prompt(1, 300))
+        home = await routed.send(sent)
+        other = {"a": "b", "b": "a"}[home]
+        assert await routed.look(sent) == [home, other]
+        next(r for r in routed.replicas if r.name == home).routing_stats = {"asleep": 1}
+        assert await routed.look(sent) == [other, home]
+        for _ in range(LOAD_WINDOW + 1):
+            routed.router.on_send_request(MakeReplicaID(other, APP))
+        assert await routed.look(sent) == [home, other]
 
     asyncio.run(body())
 
