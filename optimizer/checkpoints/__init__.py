@@ -8,6 +8,7 @@ from optimizer.checkpoints.checkpoint import Checkpoint, TensorInfo
 from optimizer.checkpoints.gguf_file import GgufCheckpoint
 from optimizer.checkpoints.random_weights import RandomCheckpoint
 from optimizer.checkpoints.safetensors_folder import SafetensorsFolder
+from optimizer.checkpoints.text_part import text_part
 from optimizer.sources.random_weights import MODEL
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
@@ -19,4 +20,4 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return GgufCheckpoint(path)
     if (path / MODEL).is_file():
         return RandomCheckpoint(path, open_checkpoint)
-    return SafetensorsFolder(path)
+    return text_part(SafetensorsFolder(path))
