@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.attention_case import MIXED, Case
 from tests.parity.paged import on_device
 from torchweave_ray.attention.base import AttentionShape, HeadNorms, LayerKV, quantize_kv
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
-from torchweave_ray.kernels.quantization import QuantizedLinear, quantize
+from torchweave_ray.kernels.quantization import QuantizedFormat, QuantizedLinear, quantize
 from torchweave_ray.models.ops import TorchOps, rotation_of
 
 pytest.importorskip("triton", reason="triton, the language of the kernels, is not installed")
@@ -107,7 +108,7 @@ def test_an_int8_cache_and_padding(device: torch.device) -> None:
 
 
 @both_dtypes
-@pytest.mark.parametrize("format", ["int8", "int8-group32", "int4-group32"])
+@pytest.mark.parametrize("format", get_args(QuantizedFormat))
 @pytest.mark.parametrize("rows", [1, 70])
 def test_quantised_products(
     device: torch.device, dtype: torch.dtype, format: str, rows: int

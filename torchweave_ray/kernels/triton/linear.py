@@ -10,17 +10,19 @@ import triton
 import triton.language as tl
 
 PLAIN = tl.constexpr(0)
-ROW_SCALE = tl.constexpr(1)
-"""int8 codes around 128, or fp8, one scale an output."""
-GROUP_INT8 = tl.constexpr(2)
-GROUP_INT4 = tl.constexpr(3)
+INT8 = tl.constexpr(1)
+FP8 = tl.constexpr(2)
+"""Both with one scale an output."""
+GROUP_INT8 = tl.constexpr(3)
+GROUP_INT4 = tl.constexpr(4)
 GROUP = tl.constexpr(32)
+TO_BIAS = tl.constexpr(2.0**120)
+"""From the exponent's bias of e4m3, 7, to that of fp32."""
 
 
 @triton.jit
 def load_weight(
-    weight, scales, mins, columns, inputs, mask, k, IS_CODES: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr,
+    weight, scales, mins, columns, inputs, mask, k, FORMAT: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_K] of the weight in the dtype that is multiplied; sums' scales left out."""
     tile = tl.load(weight + columns[:, None] * k + inputs[None, :], mask=mask, other=0)
@@ -33,8 +35,12 @@ def load_weight(
         else:
             value = (tile.to(tl.float32) - 128.0) * scale
         return tl.where(mask, value, 0.0).to(DTYPE)
-    if IS_CODES:
+    if FORMAT == INT8:
         return tl.where(mask, tile.to(tl.float32) - 128.0, 0.0).to(DTYPE)
+    if FORMAT == FP8:  # by its bits: not every GPU knows the type
+        bits = tile.to(tl.int32)
+        moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        return (moved.to(tl.float32, bitcast=True) * TO_BIAS).to(DTYPE)
     return tile.to(DTYPE)
 
 
@@ -42,7 +48,7 @@ def load_weight(
 def linear(
     out, x, weight, scales, mins, bias, m, n, k, x_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_CODES: tl.constexpr, FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, column blocks): out [m, n] = x [m, k] @ weight.T + bias, sums in fp32."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,9 +61,9 @@ def linear(
         is_input = (inputs < k)[None, :]
         a = tl.load(x_rows + inputs[None, :], mask=is_row[:, None] & is_input, other=0.0)
         b = load_weight(weight, scales, mins, columns, inputs, is_column[:, None] & is_input, k,
-                        IS_CODES, FORMAT, a.dtype)  # fmt: skip
+                        FORMAT, a.dtype)  # fmt: skip
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    if FORMAT == ROW_SCALE:
+    if FORMAT == INT8 or FORMAT == FP8:  # noqa: SIM109
         acc *= tl.load(scales + columns, mask=is_column, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]

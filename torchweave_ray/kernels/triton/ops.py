@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchweave_ray.attention.base import AttentionShape, HeadNorms, LayerKV, StepInputs
-from torchweave_ray.kernels.quantization import FP8, QuantizedLinear
+from torchweave_ray.kernels.quantization import QuantizedLinear
 from torchweave_ray.kernels.triton import linear as products
 from torchweave_ray.kernels.triton.activation import gated
 from torchweave_ray.kernels.triton.norm import rms_norm
 from torchweave_ray.kernels.triton.rope import rotate_and_write
 
 _FORMATS = {
-    "int8": products.ROW_SCALE,
-    "fp8": products.ROW_SCALE,
+    "int8": products.INT8,
+    "fp8": products.FP8,
     "int8-group32": products.GROUP_INT8,
     "int4-group32": products.GROUP_INT4,
 }
@@ -39,11 +39,10 @@ class TritonOps:
             return functional.linear(x, weight, bias)
         codes = weight if isinstance(weight, Tensor) else weight.codes
         scales = mins = codes
-        format, is_codes = products.PLAIN, False
+        format = products.PLAIN
         if isinstance(weight, QuantizedLinear):
             scales, mins = weight.scales, weight.scales if weight.mins is None else weight.mins
-            format, is_codes = _FORMATS[weight.format], weight.format == "int8"
-            codes = codes.view(FP8) if weight.format == "fp8" else codes
+            format = _FORMATS[weight.format]
         (m, k), n = x.shape, codes.shape[0]
         out = torch.empty((m, n), dtype=x.dtype, device=x.device)
         if m == 0:
@@ -51,7 +50,7 @@ class TritonOps:
         block_m, block_n, block_k = self._tile(m, n, k, x.element_size())
         products.linear[(triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
             out, x, codes, scales, mins, out if bias is None else bias, m, n, k, x.stride(0),
-            block_m, block_n, block_k, is_codes, format.value, bias is not None,
+            block_m, block_n, block_k, format.value, bias is not None,
             num_warps=4 if block_m <= _FEW_ROWS else 8,
         )  # fmt: skip
         return out
