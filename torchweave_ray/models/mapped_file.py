@@ -97,6 +97,8 @@ def _view(data: Tensor, name: str, dtype: str, shape: list[int], data_offsets: l
     kind: Any = _DTYPES.get(dtype)
     if kind is None:
         raise ValueError(f"tensor {name} has dtype {dtype}")
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, first, last)):
+        raise ValueError(f"tensor {name} has no shape and offsets that a file can have")
     if not 0 <= first <= last <= len(data) or last - first != prod(shape) * kind.itemsize:
         raise ValueError(f"tensor {name} is cut: bytes {first} to {last} of {len(data)}")
     found = data[first:last]

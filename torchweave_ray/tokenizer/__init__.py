@@ -220,6 +220,7 @@ def _json_object(name: str, raw: bytes | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(raw)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text of a token
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -26,6 +26,9 @@ ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
+_MAX_LAYERS = 1000
+"""No model has so many; what a broken file says must not be counted through."""
+
 # Keys that would change the computation in a way no op of ours does: any other value is refused.
 # A family may read some of them itself. Keys that nobody reads change nothing in transformers.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -116,6 +119,8 @@ class ModelConfig:
         num_heads, num_kv_heads, head_dim = _heads(config)
         rotary_dim = _rotary_dim(config, head_dim, family)
         num_layers = integer(config, "num_hidden_layers")
+        if num_layers > _MAX_LAYERS:
+            raise refused("num_hidden_layers", num_layers, f"must be at most {_MAX_LAYERS}")
         plain = cls(
             architecture=architecture,
             vocab_size=integer(config, "vocab_size"),
