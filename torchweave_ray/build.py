@@ -46,6 +46,7 @@ from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.adapters import AdapterStore, open_adapters
 from torchweave_ray.runner.backends import check_invariance, choose_kernels
 from torchweave_ray.runner.device import (
+    gpu_fingerprint,
     resolve_device,
     resolve_dtype,
     resolve_kv_dtype,
@@ -193,8 +194,9 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer
 
 
 def _machine(info: ModelInfo, placement: Placement) -> Mapping[str, str | int]:
-    on_cpu = placement.device.type == "cpu"
-    return fingerprint(info.executor, placement.num_threads) if on_cpu else {}
+    if gpu := gpu_fingerprint(placement.device):
+        return {**gpu, "executor": info.executor}
+    return fingerprint(info.executor, placement.num_threads)
 
 
 def _checked(model: ModelConfig) -> ModelConfig:

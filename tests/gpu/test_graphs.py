@@ -131,7 +131,7 @@ def test_another_cache_is_captured_anew(device: torch.device) -> None:
 
     from torchweave_ray.runner.inputs import build_inputs
 
-    executor = GraphExecutor(Sums(), Counted)
+    executor = GraphExecutor(Sums(), Counted, 4)
     chunks = [Chunk(_sequence(0, [0] * 8, 7)), Chunk(_sequence(1, [0] * 6, 5))]
     inputs = build_inputs(chunks, BLOCK, device, padding=Padding(4, 2))
     first, second = (10.0,), (20.0,)

@@ -38,10 +38,14 @@ def test_equals_the_formula(device: torch.device, shape: AttentionShape) -> None
     torch.testing.assert_close(case.run(TritonPagedAttention(split=64)), case.expected())
 
 
-@pytest.mark.parametrize("window", [None, 70])
-def test_long_contexts_are_split_and_merged(device: torch.device, window: int | None) -> None:
+@pytest.mark.parametrize(("window", "max_splits"), [(None, 32), (70, 2), (None, 1)])
+def test_long_contexts_are_split_and_merged(
+    device: torch.device, window: int | None, max_splits: int
+) -> None:
+    """A context of 131 positions, in three splits of 64, two of 128, or one of 256."""
     case = Case(AttentionShape(4, 2, 16, 0.25, window), LONG).to(device)
-    torch.testing.assert_close(case.run(TritonPagedAttention(split=64)), case.expected())
+    got = case.run(TritonPagedAttention(split=64, max_splits=max_splits))
+    torch.testing.assert_close(got, case.expected())
 
 
 def test_an_int8_cache_is_quantised_and_read_as_the_reference_does(device: torch.device) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.tiny import make_tiny_artifact
+from torchweave_ray.attention.torch_paged import TorchPagedAttention
+from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ConfigError
+from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.registry import build_spec
+from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.upload import Uploader
+from torchweave_ray.models.weights import load_weights
+from torchweave_ray.runner.device import peak_bytes
 from torchweave_ray.runner.kv_cache import KVCache, KVShape, KVSize
-from torchweave_ray.runner.opening import allocate
+from torchweave_ray.runner.opening import allocate, largest_steps
 
 CPU = torch.device("cpu")
 
@@ -44,3 +54,17 @@ def test_memory_that_another_process_took_makes_a_smaller_cache_or_an_error() ->
     found = iter(sizes)
     with pytest.raises(ConfigError, match="10 KV blocks do not fit"):
         allocate(lambda: next(found), lambda num: make(num, 5))
+
+
+def test_the_largest_steps_run_in_a_cache_of_one_prompt(tmp_path: Path) -> None:
+    """What a GPU is measured with, here for its result alone: it stays within its blocks."""
+    artifact = make_tiny_artifact(tmp_path)
+    model = ModelConfig.from_hf(read_hf_config(artifact))
+    spec = build_spec(model)
+    weights = load_weights(artifact, model, torch.float32, CPU)
+    executor = TorchExecutor(spec, weights, TorchPagedAttention())
+    shape = KVShape(spec.num_layers, spec.num_kv_heads, 16, spec.head_dim, torch.float32)
+    for limits in ({"max_num_batched_tokens": 40}, {"max_num_batched_tokens": 1100}):
+        config = EngineConfig.from_dict({"scheduler": {"max_num_seqs": 3, **limits}})
+        largest_steps(executor, shape, config, model, CPU)
+    assert peak_bytes(lambda: 1 / 0, CPU) == 0

@@ -16,6 +16,9 @@ from torchweave_ray.kernels.triton.kv_write import write_kv
 
 SPLIT = 256
 """Positions that one program of a short query reads. A constant: it would change results."""
+MAX_SPLITS = 32
+"""Of a sequence: with a longer context its splits are 2, 4, ... times as long. Bounds the memory of
+their parts, which every sequence of a step gets as much of as the longest one."""
 _MIN_ROWS = 16
 """Of a tensor core's product."""
 _TILE_BYTES = 16_384
@@ -27,9 +30,10 @@ class TritonPagedAttention:
     captured; `StepInputs.max_seq_len` and `max_query_len` bound the grids.
     """
 
-    def __init__(self, split: int = SPLIT) -> None:
+    def __init__(self, split: int = SPLIT, max_splits: int = MAX_SPLITS) -> None:
         """`split`: a multiple of 64."""
         self._split = split
+        self._max_splits = max_splits
 
     def write_kv(self, keys: Tensor, values: Tensor, kv: LayerKV, inputs: StepInputs) -> None:
         """Put this step's keys and values, [T, num_kv_heads, head_dim], into their slots; a token
@@ -56,7 +60,7 @@ class TritonPagedAttention:
             return out
         group_size = shape.num_heads // shape.num_kv_heads
         short_rows = max(_MIN_ROWS, triton.next_power_of_2(group_size))
-        num_splits = -(-inputs.max_seq_len // self._split)
+        num_splits = min(-(-inputs.max_seq_len // self._split), self._max_splits)
         self._launch(queries, kv, inputs, shape, out, short_rows, num_splits)
         if inputs.max_query_len > short_rows // group_size:
             self._launch(queries, kv, inputs, shape, out, short_rows, None)
@@ -95,15 +99,16 @@ class TritonPagedAttention:
             inputs.query_start_loc, inputs.seq_lens, inputs.block_tables, num_seqs,
             num_splits or 1, inputs.block_tables.stride(0), *queries.stride()[:2], shape.scale,
             shape.soft_cap or 1.0, window or 0, num_heads, num_kv_heads, head_dim, dim_pad,
-            kv.keys.shape[2], num_rows, tile, self._split, short_len, num_splits is not None,
-            in_parts, window is not None, shape.soft_cap is not None, kv.key_scales is not None,
+            kv.keys.shape[2], num_rows, tile, self._split, self._max_splits, short_len,
+            num_splits is not None, in_parts, window is not None, shape.soft_cap is not None,
+            kv.key_scales is not None,
             num_warps=4,
         )  # fmt: skip
         if in_parts:
             merge[(num_seqs, num_kv_heads)](
                 out, parts, part_sums, inputs.query_start_loc, inputs.seq_lens, num_splits,
                 window or 0, num_heads, num_kv_heads, head_dim, dim_pad, num_rows,
-                self._split, short_len, window is not None,
+                self._split, self._max_splits, short_len, window is not None,
                 num_warps=4,
             )  # fmt: skip
 

@@ -79,6 +79,14 @@ def why_no_triton(device: torch.device) -> str | None:
     return f"compute capability {major}.{minor} is below 8.0" if major < 8 else None
 
 
+def gpu_fingerprint(device: torch.device) -> dict[str, str | int]:
+    """What measured speeds hold for, of a GPU; {} of a CPU, which has one of its own."""
+    if device.type != "cuda":
+        return {}
+    major, minor = torch.cuda.get_device_capability(device)
+    return {"gpu": torch.cuda.get_device_name(device), "architecture": f"sm_{major}{minor}"}
+
+
 def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """A copy on the device. Nothing waits for it: it goes through pinned memory to a GPU."""
     tensor = torch.from_numpy(array)
@@ -133,7 +141,8 @@ class DeviceGraph:
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        # Other threads may go on meanwhile: an adapter may be on its way to the device.
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             return run()
 
     def replay(self) -> None:

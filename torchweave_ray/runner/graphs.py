@@ -77,18 +77,23 @@ class DecodeGraphs:
     make_graph: Callable[[], Graph]
 
     def wrap(self, executor: Executor) -> GraphExecutor:
-        return GraphExecutor(executor, self.make_graph)
+        return GraphExecutor(executor, self.make_graph, self.ladder.sizes[-1])
 
 
 class GraphExecutor:
     """An `Executor` around another: padded batches are replayed, others go through. A size is
     captured when it is first needed, and again when the cache is another."""
 
-    def __init__(self, executor: Executor, make_graph: Callable[[], Graph]) -> None:
+    def __init__(
+        self, executor: Executor, make_graph: Callable[[], Graph], max_num_seqs: int
+    ) -> None:
         self._executor = executor
+        self._max_num_seqs = max_num_seqs
         self._make_graph = make_graph
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._kv: Sequence[LayerKV] | None = None
+        self._logits: Tensor | None = None
+        """Of all graphs: only one of them runs at a time."""
 
     @property
     def name(self) -> str:
@@ -121,8 +126,11 @@ class GraphExecutor:
         assert inputs.packed is not None
         own = _over(inputs, inputs.packed[0].clone(), inputs.packed[1].clone())
         graph = self._make_graph()
-        self._executor.forward(own, kv)  # what is compiled or allocated once is, before it counts
-        logits = graph.capture(lambda: self._executor.forward(own, kv))
+        logits = self._executor.forward(own, kv)  # compiles what is compiled, before it counts
+        if self._logits is None:
+            self._logits = logits.new_empty(self._max_num_seqs, logits.shape[1])
+        out = self._logits[: logits.shape[0]]
+        logits = graph.capture(lambda: out.copy_(self._executor.forward(own, kv)))
         logger.info(
             "[Graph] captured decodes of %d sequences, up to %d positions",
             own.seq_lens.shape[0],

@@ -47,7 +47,7 @@ def open_runner(
     the numbers when the memory is not there."""
     block_size = config.cache.block_size
     shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, kv_dtype)
-    step_bytes = peak_bytes(lambda: _largest_step(executor, shape, config, model, device), device)
+    step_bytes = peak_bytes(lambda: largest_steps(executor, shape, config, model, device), device)
     block = block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
     size, kv_cache = allocate(
         lambda: size_kv_cache(
@@ -129,25 +129,30 @@ def _step_depth(config: EngineConfig, device: torch.device) -> int:
     return depth
 
 
-def _largest_step(
+def largest_steps(
     executor: Executor,
     shape: KVShape,
     config: EngineConfig,
     model: ModelConfig,
     device: torch.device,
 ) -> None:
-    """As many tokens of prompts as a step may have, and as many rows of logits."""
-    num_tokens = config.scheduler.step_tokens
-    longest = min(num_tokens, config.max_model_len or model.max_position_embeddings)
-    lengths = [longest] * (num_tokens // longest)
-    lengths += [num_tokens - sum(lengths)] * (num_tokens % longest > 0)
-    blocks = list(range(-(-longest // shape.block_size)))
-    num_rows = config.scheduler.max_num_seqs
+    """As many tokens of prompts as a step may have, then as many decodes, at the longest context:
+    each with as many rows of logits. All sequences share the blocks of one prompt."""
+    num_tokens, num_seqs = config.scheduler.step_tokens, config.scheduler.max_num_seqs
+    longest = config.max_model_len or model.max_position_embeddings
+    chunk = min(num_tokens, longest)
+    lengths = [chunk] * (num_tokens // chunk)
+    lengths += [num_tokens - sum(lengths)] * (num_tokens % chunk > 0)
+    blocks = list(range(-(-chunk // shape.block_size)))
+    repeated = blocks * -(-longest // (len(blocks) * shape.block_size))
     cache = KVCache(shape, len(blocks), device)
-    chunks = [Chunk(_sequence(n, 0, blocks, [0] * n)) for n in lengths]
-    inputs = build_inputs(chunks, shape.block_size, device)
-    rows = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    executor.forward(replace(inputs, logit_rows=rows), cache.layers)
+    for chunks in (
+        [Chunk(_sequence(n, 0, blocks, [0] * n)) for n in lengths],
+        [Chunk(_sequence(1, 0, repeated, [0] * longest, longest - 1))] * num_seqs,
+    ):
+        inputs = build_inputs(chunks, shape.block_size, device)
+        rows = torch.zeros(num_seqs, dtype=torch.int64, device=device)
+        executor.forward(replace(inputs, logit_rows=rows), cache.layers)
     cache.close()
 
 
@@ -170,14 +175,14 @@ def run_first_step(runner: ModelRunner) -> None:
 
 
 def _sequence(
-    num_tokens: int, seq_id: int, block_table: list[int], token_ids: list[int]
+    num_tokens: int, seq_id: int, block_table: list[int], token_ids: list[int], start: int = 0
 ) -> ScheduledSequence:
     return ScheduledSequence(
         seq_id=seq_id,
-        start=0,
+        start=start,
         num_tokens=num_tokens,
         token_ids=token_ids,
-        num_prompt_tokens=num_tokens,
+        num_prompt_tokens=start + num_tokens,
         block_table=block_table,
         sampling=_GREEDY,
         seed=0,

@@ -53,6 +53,15 @@ def rows_of(query_start_loc, seq_lens, num_seqs, BLOCK_Q: tl.constexpr, IS_SHORT
 
 
 @triton.jit
+def split_of(seq_len, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Positions of a split: SPLIT, or so many times 2 that MAX_SPLITS of them are enough."""
+    split = seq_len * 0 + SPLIT
+    while split * MAX_SPLITS < seq_len:
+        split *= 2
+    return split
+
+
+@triton.jit
 def score(q, k, k_scale, positions, cached, visible, scale, soft_cap, window,
           HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, IS_INT8: tl.constexpr):  # fmt: skip
     """[BLOCK_M, TILE] times log2(e); what a row does not see is -inf."""
@@ -81,13 +90,13 @@ def attend(
     num_seqs, num_splits, table_stride, query_stride, head_stride, scale, soft_cap, window,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, SHORT_LEN: tl.constexpr, IS_SHORT: tl.constexpr, IN_PARTS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, IS_INT8: tl.constexpr,
+    SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SHORT_LEN: tl.constexpr, IS_SHORT: tl.constexpr,
+    IN_PARTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, IS_INT8: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows: some query tokens of one sequence, each with all query heads of a KV head.
 
     IS_SHORT: grid (sequences, KV heads, splits), those of at most SHORT_LEN new tokens, one split
-    of SPLIT positions each. Else: grid (tiles, KV heads), the others, over their whole context.
+    of its positions each. Else: grid (tiles, KV heads), the others, over their whole context.
     Which of both computes a row, and where tiles and splits begin, follows from its own sequence.
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -100,8 +109,9 @@ def attend(
     lowest = tl.maximum(context + first - window + 1, 0) if HAS_WINDOW else 0
     low, high = lowest, end
     if IS_SHORT:
-        low = tl.maximum(lowest, tl.program_id(2) * SPLIT)
-        high = tl.minimum(end, (tl.program_id(2) + 1) * SPLIT)
+        split = split_of(context + query_len, SPLIT, MAX_SPLITS)
+        low = tl.maximum(lowest, tl.program_id(2) * split)
+        high = tl.minimum(end, (tl.program_id(2) + 1) * split)
         if low >= high:
             return
     attend_span(
@@ -183,8 +193,8 @@ def store_rows(out, acc, total, rows, heads, dims, is_cell, NUM_HEADS: tl.conste
 def merge(
     out, parts, part_sums, query_start_loc, seq_lens, num_splits, window,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, SHORT_LEN: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    SHORT_LEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences, KV heads): the splits of each short sequence, in order of position."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -194,14 +204,15 @@ def merge(
     if query_len == 0 or query_len > SHORT_LEN:
         return
     end = tl.load(seq_lens + seq)
+    positions = split_of(end, SPLIT, MAX_SPLITS)
     first_split = 0
     if HAS_WINDOW:
-        first_split = tl.maximum(end - query_len - window + 1, 0) // SPLIT
+        first_split = tl.maximum(end - query_len - window + 1, 0) // positions
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM_PAD)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
-    for split in range(first_split, tl.cdiv(end, SPLIT)):
+    for split in range(first_split, tl.cdiv(end, positions)):
         part = ((seq * NUM_KV_HEADS + kv_head) * num_splits + split).to(tl.int64)
         part_rows = part * BLOCK_M + rows
         part_best = tl.load(part_sums + part_rows * 2)
