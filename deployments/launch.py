@@ -19,6 +19,7 @@ import ray
 import yaml
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
 
@@ -186,11 +187,15 @@ class Launch:
         return None if "object_store" in targets else OBJECT_STORE_BYTES
 
     def _start_serve(self) -> None:
-        serve.start(
-            proxy_location=self._config.proxy_location,
-            http_options=self._config.http_options.model_dump(),
-            grpc_options=self._config.grpc_options.model_dump(),
-        )
+        try:
+            serve.start(
+                proxy_location=self._config.proxy_location,
+                http_options=self._config.http_options.model_dump(),
+                grpc_options=self._config.grpc_options.model_dump(),
+            )
+        except (RayError, TimeoutError) as error:
+            why = the_error_in(str(error))
+            raise TorchWeaveError(f"Ray Serve did not start: {why}") from error
 
     def _deploy(self, stop: threading.Event) -> None:
         _get_global_client().deploy_apps(self._config, _blocking=False)

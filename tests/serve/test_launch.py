@@ -69,7 +69,9 @@ def test_haproxy_profile_and_drain(tmp_path: Path, artifact: Path) -> None:
         assert "ModelReplica:tiny: seconds: stage " in log
         assert "[Config] MAX_BATCH: the default" in log
         (ingress,) = cluster.replica_pids("Ingress")
-        assert b"RAY_SERVE_ENABLE_HA_PROXY=1" in Path(f"/proc/{ingress}/environ").read_bytes()
+        environment = Path(f"/proc/{ingress}/environ").read_bytes()
+        assert b"RAY_SERVE_ENABLE_HA_PROXY=1" in environment
+        assert b"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60" in environment
         (replica,) = cluster.replica_pids("ModelReplica")
         assert _policies(ingress) == {os.SCHED_BATCH}, "it must not interrupt a product"
         assert os.SCHED_OTHER in _policies(replica), "the model's threads wait for nobody"

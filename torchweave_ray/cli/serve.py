@@ -30,6 +30,12 @@ Verify = Annotated[
     str | None,
     typer.Option(help="full: hash artifacts whole at every start.", autocompletion=one_of("full")),
 ]
+PROFILE = {
+    "RAY_worker_niceness": "0",  # Ray runs its workers at 15; ours answer people
+    # A proxy that needs longer is killed, and Serve does not start: Ray's 5 s are too few for its
+    # imports on a busy machine.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 _claims: list[socket.socket] = []
 """A port of each range that this process has given away."""
 
@@ -65,8 +71,7 @@ def serve(
     """
     stop = StopSignal()
     folder = Path(tempfile.mkdtemp(prefix="torchweave-"))
-    # Ray runs its workers at niceness 15; ours answer people.
-    profile = {"RAY_worker_niceness": "0"} | (haproxy_profile(folder) if haproxy else {})
+    profile = PROFILE | (haproxy_profile(folder) if haproxy else {})
     for name, value in profile.items():
         os.environ.setdefault(name, value)
     if recipe or artifact:  # the command line goes over the environment
