@@ -106,7 +106,7 @@ def load_model(
         model = _checked(ModelConfig.from_hf(read_hf_config(artifact_dir)))
         spec = build_spec(model)
     device = resolve_device(config.runner.device)
-    kernels = choose_kernels(device, config.runner)
+    kernels = choose_kernels(device, config)
     placement = _placement(artifact_dir, manifest, config, device, kernels.ops)
     kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, placement.dtype)
     with stages.timed("weights"):

@@ -145,6 +145,8 @@ class RunnerConfig:
     executor: Literal["auto", "torch", "native"] = "auto"
     """native: our own CPU kernels, bfloat16 on x86; torch: plain torch; auto: native where it can
     run, on a GPU our Triton kernels, else torch."""
+    attention: Literal["auto", "varlen"] = "auto"
+    """On a GPU: auto: our own kernels; varlen: torch's `varlen_attn`, which takes blocks of 256."""
     batch_invariant: bool = False
     """On a GPU: a row's bits do not depend on what else is in its step; slower there. The native
     executor's never do."""

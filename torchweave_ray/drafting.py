@@ -85,7 +85,7 @@ class OpenDraft:
         dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
         self._kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, dtype)
         self._directory = directory
-        attention = choose_kernels(placement.device, config.runner).attention
+        attention = choose_kernels(placement.device, config).attention
 
         def reopen(served: Executor) -> Executor:
             team = served.team if isinstance(served, NativeExecutor) else None

@@ -11,7 +11,8 @@ import torch
 
 from torchweave_ray.attention.base import AttentionBackend
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
-from torchweave_ray.config import RunnerConfig
+from torchweave_ray.attention.varlen import VarlenAttention, why_no_varlen
+from torchweave_ray.config import EngineConfig, RunnerConfig
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.ops import Ops
@@ -32,17 +33,27 @@ class Kernels:
     """None: plain torch's."""
 
 
-def choose_kernels(device: torch.device, config: RunnerConfig) -> Kernels:
-    """By what the device can run; `executor: torch` forgoes it."""
+def choose_kernels(device: torch.device, config: EngineConfig) -> Kernels:
+    """By what the device can run; `executor: torch` forgoes it. Raises ConfigError for an attention
+    that is asked for and cannot be had."""
     reason = why_no_triton(device)
-    if config.executor == "torch":
+    if config.runner.executor == "torch":
         reason = "runner.executor is 'torch'"
+    if config.runner.attention == "varlen":
+        why = reason or why_no_varlen(config.cache.block_size)
+        if why is None and config.runner.batch_invariant:
+            why = "with it a row depends on its batch, which runner.batch_invariant forbids"
+        if why is not None:
+            raise ConfigError(f"runner.attention is 'varlen', but {why}")
     if reason is None:
         from torchweave_ray.attention.triton_paged import TritonPagedAttention
         from torchweave_ray.kernels.triton.ops import TritonOps
 
-        logger.info("[Kernels] triton on %s", device)
-        return Kernels(TritonPagedAttention(), TritonOps(config.batch_invariant))
+        attention: AttentionBackend = TritonPagedAttention()
+        if config.runner.attention == "varlen":
+            attention = VarlenAttention(attention)
+        logger.info("[Kernels] triton on %s, attention: %s", device, config.runner.attention)
+        return Kernels(attention, TritonOps(config.runner.batch_invariant))
     level = logging.DEBUG if device.type == "cpu" else logging.WARNING
     logger.log(level, "[Kernels] plain torch: %s", reason)
     return Kernels(TorchPagedAttention())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchweave_ray.attention.base import AttentionShape, HeadNorms, LayerKV, StepInputs
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.attention.triton_paged import TritonPagedAttention
+from torchweave_ray.attention.varlen import PAGE, VarlenAttention, why_no_varlen
 from torchweave_ray.bench.gpu.device import Ceilings, time_us
 from torchweave_ray.kernels.quantization import QuantizedFormat, QuantizedLinear, quantize
 from torchweave_ray.kernels.triton.ops import TritonOps
@@ -23,6 +24,8 @@ from torchweave_ray.sampling_params import SamplingParams
 
 _BF16 = torch.bfloat16
 _BLOCK = 16
+_ROUNDING = 0.05
+"""Of attention's results, which are at most about 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def _attention(sizes: _Sizes, table: _Table) -> Iterator[dict[str, Any]]:
             partial(theirs.forward, queries, kv, inputs, shape),
             num_seqs * length * row_bytes,
         )
+    yield from _varlen(sizes, table)
     inputs, kv = _step(1, sizes.prompt, sizes.prompt, shape, table.device)
     queries = table.randn(sizes.prompt, shape.num_heads, shape.head_dim)
     yield table.line(
@@ -105,6 +109,24 @@ def _attention(sizes: _Sizes, table: _Table) -> Iterator[dict[str, Any]]:
         partial(theirs.forward, queries, kv, inputs, shape),
         flops=2 * shape.num_heads * shape.head_dim * sizes.prompt**2,
     )
+
+
+def _varlen(sizes: _Sizes, table: _Table) -> Iterator[dict[str, Any]]:
+    """torch's own beside ours, over blocks that it takes; `same`: within bf16's rounding."""
+    why = "the device is a CPU" if table.device.type == "cpu" else why_no_varlen(PAGE)
+    if why is not None:
+        yield {"kernel": "varlen_attn", "skipped": why}
+        return
+    shape, ours = sizes.shape, TritonPagedAttention()
+    theirs = VarlenAttention(ours)
+    for num_seqs, length in sizes.decodes:
+        inputs, kv = _step(num_seqs, 1, length, shape, table.device, PAGE)
+        arguments = (table.randn(num_seqs, shape.num_heads, shape.head_dim), kv, inputs, shape)
+        difference = (ours.forward(*arguments) - theirs.forward(*arguments)).abs().max().item()
+        name = f"attention in blocks of {PAGE}, {num_seqs} decodes over {length}"
+        line = table.line(name, partial(ours.forward, *arguments), None)
+        varlen_us = round(time_us(partial(theirs.forward, *arguments), table.device), 2)
+        yield {**line, "varlen_us": varlen_us, "is_right": difference < _ROUNDING}
 
 
 def _elementwise(sizes: _Sizes, rows: int, table: _Table) -> Iterator[dict[str, Any]]:
@@ -179,20 +201,25 @@ def _sampling(sizes: _Sizes, rows: int, table: _Table) -> Iterator[dict[str, Any
 
 
 def _step(
-    num_seqs: int, new: int, length: int, shape: AttentionShape, device: torch.device
+    num_seqs: int,
+    new: int,
+    length: int,
+    shape: AttentionShape,
+    device: torch.device,
+    block_size: int = _BLOCK,
 ) -> tuple[StepInputs, LayerKV]:
     """`new` tokens of each sequence at the end of `length` positions, blocks in disorder."""
-    width = -(-length // _BLOCK)
+    width = -(-length // block_size)
     blocks = torch.randperm(num_seqs * width, device=device)
     tables = blocks.view(num_seqs, width)
     positions = torch.arange(length - new, length, device=device).repeat(num_seqs)
     owners = torch.arange(num_seqs, device=device).repeat_interleave(new)
-    dims = (len(blocks), shape.num_kv_heads, _BLOCK, shape.head_dim)
+    dims = (len(blocks), shape.num_kv_heads, block_size, shape.head_dim)
     parts = [torch.randn(dims, device=device).to(_BF16) for _ in range(2)]
     inputs = StepInputs(
         input_ids=positions,
         positions=positions,
-        slot_mapping=tables[owners, positions // _BLOCK] * _BLOCK + positions % _BLOCK,
+        slot_mapping=tables[owners, positions // block_size] * block_size + positions % block_size,
         query_start_loc=torch.arange(0, num_seqs * new + 1, new, dtype=torch.int32, device=device),
         seq_lens=torch.full((num_seqs,), length, dtype=torch.int32, device=device),
         block_tables=tables.int(),
