@@ -129,15 +129,13 @@ async def _metrics(shared: Shared) -> str:
     return generate_latest(shared.app.state.metrics.registry).decode()
 
 
-@pytest.mark.parametrize("path", GETS)
-def test_other_sites_pages_may_read_nothing(shared: Shared, path: str) -> None:
-    for method in ("GET", "OPTIONS"):
-        answer = shared.ask("a", method, path)
-        assert not [name for name in answer.headers if name.startswith("access-control-")]
-    for path in BODIES:
-        answer = shared.ask("a", "OPTIONS", path)
-        assert answer.status_code == 405
-        assert not [name for name in answer.headers if name.startswith("access-control-")]
+def test_other_sites_pages_may_read_nothing(shared: Shared) -> None:
+    for path in (*GETS, *BODIES):
+        for method in ("GET", "OPTIONS"):
+            answer = shared.ask("a", method, path)
+            if method == "OPTIONS":
+                assert answer.status_code in (403, 405), "nobody's preflight is answered"
+            assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
 def test_pages_run_nothing_from_outside(shared: Shared) -> None:
@@ -158,8 +156,7 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_models_name_opens_no_file_and_no_connection(shared: Shared, name: str) -> None:
+def test_a_models_name_opens_no_file_and_no_connection(shared: Shared) -> None:
     """Whatever it looks like: only what the operator has set is ever fetched."""
     touched: list[str] = []
     is_on = True
@@ -173,12 +170,11 @@ def test_a_models_name_opens_no_file_and_no_connection(shared: Shared, name: str
     assert shared.ask("a", "POST", CHAT, BODIES[CHAT][1]).status_code == 200  # all is loaded
     sys.addaudithook(audit)
     try:
-        for path, bodies in BODIES.items():
-            for body in bodies[:1]:
+        for name in NAMES:
+            for path, (body, *_) in BODIES.items():
                 answer = shared.ask("a", "POST", path, body | {"model": name})
-                assert answer.status_code in (400, 404), (path, answer.text)
-        answer = shared.ask("a", "GET", f"/v1/models/{quote(name)}")
-        assert answer.status_code == 404
+                assert answer.status_code in (400, 404), (path, name, answer.text)
+            assert shared.ask("a", "GET", f"/v1/models/{quote(name)}").status_code == 404
     finally:
         is_on = False
     assert not [each for each in touched if "keys.yaml" not in each and "usage" not in each]
