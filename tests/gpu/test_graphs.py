@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_tiny_artifact
-from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepPlan
+from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepOutput, StepPlan
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.torch_executor import TorchExecutor
@@ -75,7 +75,8 @@ def test_what_fits_and_what_does_not() -> None:
     prompt = Chunk(_sequence(0, [0] * 8, 0))
     with_adapter = Chunk(_sequence(0, [0] * 8, 7, adapter_id="a"))
     with_draft = Chunk(_sequence(0, [0] * 8, 7), (5,))
-    for other in (prompt, with_adapter, with_draft):
+    pooled = Chunk(_sequence(0, [0] * 8, 7, output=StepOutput.POOL))
+    for other in (prompt, with_adapter, with_draft, pooled):
         assert ladder.fit([decode, other], BLOCK) is None
 
 

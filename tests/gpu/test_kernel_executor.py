@@ -41,3 +41,22 @@ def test_equals_the_reference(tmp_path: Path, device: torch.device, family: str)
         )
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_crowd_changes_no_bit_of_the_logits(tmp_path: Path, device: torch.device) -> None:
+    artifact = make_tiny_artifact(tmp_path, num_hidden_layers=1)
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(300, (n,), generator=random).tolist() for n in (9, 30, 5)]
+
+    def logits(of: list[int]) -> list[torch.Tensor]:
+        """Of a prompt each, then of one more token."""
+        ops = TritonOps(batch_invariant=True)
+        decoder = PagedDecoder(artifact, device=device, attention=TritonPagedAttention(), ops=ops)
+        texts = [Text([*prompts[i], 7]) for i in of]
+        decoder.step([(text, len(text.token_ids) - 1) for text in texts])
+        return decoder.step([(text, 1) for text in texts])
+
+    together = logits([0, 1, 2])
+    for i in range(3):
+        assert torch.equal(logits([i])[0], together[i])

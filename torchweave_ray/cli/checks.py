@@ -88,7 +88,12 @@ def _device() -> Check:
     if not torch.cuda.is_available():
         return Check("device", "ok", f"cpu, torch {torch.__version__}")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Check("device", "ok", f"cuda: {', '.join(names)}, torch {torch.__version__}")
+    from torchweave_ray.runner.device import resolve_device, why_no_triton
+
+    said = f"cuda: {', '.join(names)}, torch {torch.__version__}"
+    if why := why_no_triton(resolve_device("auto")):
+        return Check("device", "warn", f"{said}; plain torch serves: {why}")
+    return Check("device", "ok", f"{said}, with our Triton kernels")
 
 
 def _kernels() -> Check:

@@ -74,11 +74,9 @@ class DrawnTokens:
         """drawn [R] of edited logits [R, V]; raw [scored, V]: logits before the edits, of the rows
         whose sequences ask for logprobs."""
         self._rows = rows
-        self.ids = torch.as_tensor(drawn)
+        self.ids = torch.as_tensor(drawn, device=logits.device)
         self._logits = logits
-        self._scored = [
-            i for i, row in enumerate(rows) if row.sequence.sampling.logprobs is not None
-        ]
+        self._scored = scored_rows(rows)
         self._scores: TokenScores | None = None
         if raw is not None:
             num_top = [rows[i].sequence.sampling.logprobs or 0 for i in self._scored]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchweave_ray.attention.base import LayerKV, StepInputs
+from torchweave_ray.engine.plan import StepOutput
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.runner.inputs import Chunk, Padding
 
@@ -58,7 +59,8 @@ class Ladder:
 
 
 def _is_decode(chunk: Chunk) -> bool:
-    return chunk.num_positions == 1 and chunk.num_logit_rows == 1 and not chunk.sequence.adapter_id
+    seq = chunk.sequence
+    return chunk.num_positions == 1 and seq.output is StepOutput.SAMPLE and not seq.adapter_id
 
 
 @dataclass(frozen=True, slots=True)
