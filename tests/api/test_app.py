@@ -79,6 +79,7 @@ def test_model(api: Api) -> None:
         "executor": "torch",
         "artifact_id": "artifact-1",
         "numerics_id": "numerics-1",
+        "asleep": False,
     }
 
 
