@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -44,6 +45,7 @@ TINY = "ModelReplica:tiny"
 PARTS = {"replica": TINY, "ingress": "Ingress"}
 KEYS = ("first", "second")
 PATH = "/v1/completions"
+ANSWER_ID = re.compile(rb'"id": ?"([^"]+)"')
 
 
 @dataclass
@@ -139,14 +141,15 @@ class Clients:
         body = self._body(stream=True, max_tokens=300)
         asked = Connection(self._url, {"Authorization": f"Bearer {KEYS[0]}"})
         asking = asyncio.create_task(asked.request("POST", PATH, body))
-        while not asked.num_chunks and not asking.done():
+        found = None
+        while found is None and not asking.done():
             await asyncio.sleep(0.01)
+            so_far = b"".join(payload for _, payload in asked._receiver.parser.chunks)
+            found = ANSWER_ID.search(so_far)
         status = 404
-        if asked.num_chunks:
-            (_, first), *_ = asked._receiver.parser.chunks
-            answer_id = json.loads(first.partition(b"data: ")[2].partition(b"\n")[0])["id"]
-            stopped = await connection.request("DELETE", f"/v1/requests/{answer_id}")
-            status = stopped.status
+        if found is not None:
+            path = f"/v1/requests/{found[1].decode()}"
+            status = (await connection.request("DELETE", path)).status
         exchange = await asking
         asked.close()
         if status not in (200, 404) or b"[DONE]" not in exchange.body:
