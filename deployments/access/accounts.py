@@ -73,6 +73,8 @@ class _Lease:
     level_at: float = 0.0
     refused_until: float = float("-inf")
     """Before that nobody is asked again: who floods an ingress shall not flood the ledger."""
+    room_at: float = 0.0
+    """When there may be enough, by what the ledger said then."""
     own: Bucket | None = None
     """Of this ingress alone, while the ledger is down."""
 
@@ -150,8 +152,8 @@ class LedgeredAccounts:
         if lease.held >= amount:
             lease.held -= amount
             return 0.0
-        if (wait_s := lease.refused_until - self._clock()) > 0:
-            return wait_s
+        if (now := self._clock()) < lease.refused_until:
+            return lease.room_at - now
         async with self._turn:
             need = amount - lease.held
             if need <= 0:
@@ -176,7 +178,8 @@ class LedgeredAccounts:
             if grant.amount:
                 lease.held += grant.amount - amount
             else:
-                lease.refused_until = self._clock() + min(grant.wait_s, REPORT_S)
+                lease.room_at = self._clock() + grant.wait_s
+                lease.refused_until = min(lease.room_at, self._clock() + REPORT_S)
             return 0.0 if grant.amount else grant.wait_s
 
     def _take_own(self, account: _Account, lease: _Lease, amount: float) -> float:

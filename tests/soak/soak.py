@@ -148,8 +148,8 @@ class Clients:
             found = ANSWER_ID.search(so_far)
         status = 404
         if found is not None:
-            path = f"/v1/requests/{found[1].decode()}"
-            status = (await connection.request("DELETE", path)).status
+            name = found[1].decode()
+            status = (await connection.request("DELETE", f"/v1/requests/{name}")).status
         exchange = await asking
         asked.close()
         if status not in (200, 404) or b"[DONE]" not in exchange.body:

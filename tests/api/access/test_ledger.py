@@ -132,6 +132,26 @@ def test_tokens_a_minute_hold_together_whatever_calls_come_to() -> None:
     run(scene)
 
 
+def test_every_refusal_says_when_there_is_room_again() -> None:
+    """Also those that the ledger is not asked about."""
+
+    async def scene(fleet: Fleet) -> None:
+        key, ingress = key_of(requests_per_minute=6), fleet.ingresses[0]
+        while await is_let_in(ingress.enter(key, True)):
+            pass
+        for waited in range(4):
+            num_asked = fleet.line.num_asked
+            with pytest.raises(RateLimited) as caught:
+                await ingress.enter(key, True)
+            assert fleet.line.num_asked == num_asked, "who floods it does not flood the ledger"
+            assert caught.value.retry_after == pytest.approx(10 - 0.05 * waited, abs=0.01)
+            fleet.clock.now += 0.05
+        fleet.clock.now += 9.9
+        await ingress.enter(key, True)
+
+    run(scene)
+
+
 @pytest.mark.parametrize("limit", [3, 200])
 def test_calls_at_once_hold_together(limit: int) -> None:
     async def scene(fleet: Fleet) -> None:
