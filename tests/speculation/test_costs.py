@@ -23,7 +23,7 @@ def rate(acceptance: float, num: int, row_s: float, round_s: float) -> float:
     return sum(acceptance**i for i in range(num + 1)) / (1 + num * (row_s + round_s))
 
 
-def test_guesses_are_made_while_each_raises_the_rate() -> None:
+def test_guesses_are_made_while_each_clearly_raises_the_rate() -> None:
     assert guesses([0.5], row_s=0.0).num_guesses == [8]
     assert guesses([0.9], row_s=1.0).num_guesses == [0]
     assert guesses([0.9], row_s=0.1, most=-1).num_guesses == [0]
@@ -33,7 +33,7 @@ def test_guesses_are_made_while_each_raises_the_rate() -> None:
             for round_s in (0.0, 0.05, 0.4):
                 (num,) = guesses([acceptance], row_s, round_s).num_guesses
                 rates = [rate(acceptance, each, row_s, round_s) for each in range(9)]
-                assert rates[num] == pytest.approx(max(rates))
+                assert rates[num] >= max(rates[0], 0.93 * max(rates))
 
 
 def test_a_round_has_to_pay_for_all_whom_it_serves() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _PRIOR_WEIGHT = 2.0
+_MARGIN = 1.25
+"""What a guess has to promise, of what it costs: of rough estimates the best ones flatter."""
 _STEP_FADE = 0.99
 _LEAST_STEPS, _LEAST_VARIANCE = 4, 0.1
 _GUESS_FADE = 0.9
@@ -130,19 +132,19 @@ def most_worth(
     """How many guesses each of these sequences should get in a step of `num_draws` tokens.
 
     The i-th is right with acceptance ** i. Guesses are made in rounds, one for each sequence; each
-    has to be worth its row, and a round its time.
+    has to be worth its row and more, and a round its time.
     """
     num_guesses, tokens = [0] * len(most), [0.0] * len(most)
     gain, seconds = float(num_draws), costs.step_s
     alive = list(range(len(most)))
     for depth in range(1, max(most, default=0) + 1):
-        limit = gain * costs.row_s
+        limit = _MARGIN * gain * costs.row_s
         alive = [i for i in alive if most[i] >= depth and acceptances[i] ** depth * seconds > limit]
         if not alive:
             break
         added = sum(acceptances[i] ** depth for i in alive)
         spent = costs.round_s(len(alive)) + costs.row_s * len(alive)
-        if added * seconds <= gain * spent:
+        if added * seconds <= _MARGIN * gain * spent:
             break
         gain, seconds = gain + added, seconds + spent
         for i in alive:
