@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 _PRIOR_WEIGHT = 2.0
 _MARGIN = 1.25
-"""What a guess has to promise, of what it costs: of rough estimates the best ones flatter."""
+"""What a guess has to promise, of what its row costs: of rough estimates the best ones flatter."""
 _STEP_FADE = 0.99
 _LEAST_STEPS, _LEAST_VARIANCE = 4, 0.1
 _GUESS_FADE = 0.9
@@ -132,7 +132,7 @@ def most_worth(
     """How many guesses each of these sequences should get in a step of `num_draws` tokens.
 
     The i-th is right with acceptance ** i. Guesses are made in rounds, one for each sequence; each
-    has to be worth its row and more, and a round its time.
+    has to be worth more than its row, and a round its time.
     """
     num_guesses, tokens = [0] * len(most), [0.0] * len(most)
     gain, seconds = float(num_draws), costs.step_s
@@ -144,7 +144,7 @@ def most_worth(
             break
         added = sum(acceptances[i] ** depth for i in alive)
         spent = costs.round_s(len(alive)) + costs.row_s * len(alive)
-        if added * seconds <= _MARGIN * gain * spent:
+        if added * seconds <= gain * spent:
             break
         gain, seconds = gain + added, seconds + spent
         for i in alive:
