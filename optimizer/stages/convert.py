@@ -123,7 +123,9 @@ def _fitting_tokenizer(document: bytes, config: ModelConfig) -> bytes:
     text models). Raises ArtifactError where other tokens are without one."""
     try:
         tokenizer = Tokenizer.from_str(document.decode())
-    except Exception as error:  # the Rust library raises plain Exception
+    except BaseException as error:  # the Rust library raises plain Exception, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ArtifactError(f"{TOKENIZER} cannot be read: {error}") from error
     highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if highest >= config.vocab_size:

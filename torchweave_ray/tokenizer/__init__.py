@@ -102,7 +102,9 @@ class Tokenizer:
             raise ArtifactError(f"{TOKENIZER_FILE} is missing")
         try:
             backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER_FILE])
-        except Exception as error:  # tokenizers raises nothing narrower
+        except BaseException as error:  # tokenizers raises nothing narrower, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ArtifactError(f"{TOKENIZER_FILE} is not a tokenizer: {error}") from error
         parsed = {name: _json_object(name, files.get(name)) for name in TOKENIZER_FILES[1:]}
         config = parsed["tokenizer_config.json"]

@@ -26,8 +26,9 @@ ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
-_MAX_LAYERS = 1000
-"""No model has so many; what a broken file says must not be counted through."""
+_MOST = {"num_hidden_layers": 1000, "head_dim": 1 << 14}
+"""No model has so much; what a broken file says must not be counted through or allocated before it
+is compared with its tensors."""
 
 # Keys that would change the computation in a way no op of ours does: any other value is refused.
 # A family may read some of them itself. Keys that nobody reads change nothing in transformers.
@@ -119,8 +120,7 @@ class ModelConfig:
         num_heads, num_kv_heads, head_dim = _heads(config)
         rotary_dim = _rotary_dim(config, head_dim, family)
         num_layers = integer(config, "num_hidden_layers")
-        if num_layers > _MAX_LAYERS:
-            raise refused("num_hidden_layers", num_layers, f"must be at most {_MAX_LAYERS}")
+        _refuse_huge(num_hidden_layers=num_layers, head_dim=head_dim)
         plain = cls(
             architecture=architecture,
             vocab_size=integer(config, "vocab_size"),
@@ -178,6 +178,12 @@ def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
         if type(token_id) is not int or token_id < 0:
             raise refused("eos_token_id", value, "must be a token id or a list of token ids")
     return tuple(ids)
+
+
+def _refuse_huge(**values: int) -> None:
+    for key, value in values.items():
+        if value > _MOST[key]:
+            raise refused(key, value, f"must be at most {_MOST[key]}")
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
