@@ -229,3 +229,10 @@ def test_rendering_loads_no_torch_and_tokenising_no_transformers(tmp_path: Path)
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
     )
     assert ran.stdout.split() == ["False", "False"], ran.stderr
+
+
+def test_a_file_that_makes_the_library_panic_is_refused() -> None:
+    values = json.loads(make_tokenizer().to_str())
+    values["model"]["continuing_subword_prefix"] = "longer than any token"
+    with pytest.raises(ArtifactError, match="is not a tokenizer"):
+        Tokenizer.from_files({"tokenizer.json": json.dumps(values).encode()})
