@@ -1,7 +1,7 @@
 """What speculation gains and costs: the same work with and without it, in turns, texts compared.
 
-Backs the figures of docs/performance.md. All works take some 4 minutes, those of one concurrency
-half of that; every option is in `speculation_gain.py --help`.
+Backs the figures of docs/performance.md. It takes as many rounds as fit into its minutes; every
+option is in `speculation_gain.py --help`.
 """
 
 from __future__ import annotations
@@ -176,12 +176,14 @@ def race(
 
 
 def measure(
-    contenders: dict[str, Contender], work: Work, rounds: int, output_len: int
+    contenders: dict[str, Contender], work: Work, rounds: int, seconds: float, output_len: int
 ) -> Iterator[Gain]:
-    """Races of one prompt each, or of all in a closed loop; who begins changes, too."""
+    """Races of one prompt each, or of all in a closed loop; who begins changes, too. One round
+    at least is counted."""
     size, differ = work.concurrency, dict.fromkeys(contenders, 0)
     batches = [[prompt] for prompt in work.prompts] if size == 1 else [work.prompts]
     order = list(contenders)
+    started, counted = time.perf_counter(), 0
     for number in range(rounds + 1):
         if number == 1:  # the first round is not counted
             for each in contenders.values():
@@ -191,8 +193,11 @@ def measure(
             order = [*order[1:], order[0]]
             for name, each in contenders.items():
                 differ[name] += each.texts != contenders["none"].texts
+        counted = number
+        if counted and (time.perf_counter() - started) * (number + 2) / (number + 1) > seconds:
+            break
     plain = contenders["none"].seconds
-    num_tokens = rounds * len(work.prompts) * output_len
+    num_tokens = counted * len(work.prompts) * output_len
     for name, each in contenders.items():
         if name == "none":
             continue
@@ -231,7 +236,8 @@ def main(
         str | None, typer.Option(help="A draft model, to measure that method, too.")
     ] = None,
     concurrency: Annotated[int | None, typer.Option(help="Only these works.")] = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="At most.")] = 20,
+    minutes: Annotated[float, typer.Option(help="In all, from when the models are there.")] = 4.0,
     output_len: Annotated[int, typer.Option(min=1)] = 128,
     save: bool = False,
 ) -> None:
@@ -245,16 +251,18 @@ def main(
         methods["draft"] = SpeculationConfig(method="draft", model=str(small))
     contenders = {name: Contender(artifact, method) for name, method in methods.items()}
     gains = []
-    for work in works(load_tokenizer(artifact)):
-        if concurrency in (None, work.concurrency):
-            for gain in measure(contenders, work, rounds, output_len):
-                gains.append(asdict(gain))
-                print(gains[-1], flush=True)
+    wanted = [w for w in works(load_tokenizer(artifact)) if concurrency in (None, w.concurrency)]
+    for work in wanted:
+        seconds = 60 * minutes / len(wanted)
+        for gain in measure(contenders, work, rounds, seconds, output_len):
+            gains.append(asdict(gain))
+            print(gains[-1], flush=True)
     if save:
         config = {
             "artifact": artifact.name,
             "draft": None if small is None else small.name,
             "rounds": rounds,
+            "minutes": minutes,
             "output_len": output_len,
         }
         print(save_results(Path("benchmarks/results"), "speculation", config, gains))
