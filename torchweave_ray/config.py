@@ -142,9 +142,10 @@ class RunnerConfig:
     kv_dtype: Literal["auto", "model", "int8"] = "auto"
     """auto: what the artifact's recipe asked for, model unless it did; model: what the model
     computes in; int8: codes with a scale for each head and position."""
-    executor: Literal["auto", "torch", "native"] = "auto"
-    """native: our own CPU kernels, bfloat16 on x86; torch: plain torch; auto: native where it can
-    run, on a GPU our Triton kernels, else torch."""
+    executor: Literal["auto", "torch", "native", "triton"] = "auto"
+    """native: our own CPU kernels, bfloat16 on x86; triton: our kernels for GPUs (on a CPU only by
+    Triton's interpreter, TRITON_INTERPRET=1, which takes seconds a token); torch: plain torch;
+    auto: native or triton where they can run, else torch."""
     attention: Literal["auto", "varlen"] = "auto"
     """On a GPU: auto: our own kernels; varlen: torch's `varlen_attn`, which takes blocks of 256."""
     batch_invariant: bool = False

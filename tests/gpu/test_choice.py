@@ -35,6 +35,13 @@ def test_torchs_own_attention_needs_large_blocks(block_size: int, why: str | Non
     assert found is None if why is None else why in (found or "")
 
 
+def test_triton_that_is_asked_for_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = EngineConfig.from_dict({"runner": {"executor": "triton"}})
+    with pytest.raises(ConfigError, match="'triton', but the device is a CPU"):
+        choose_kernels(CPU, config)
+
+
 def test_torchs_own_attention_is_refused_without_a_gpu() -> None:
     config = EngineConfig.from_dict({"runner": {"attention": "varlen"}})
     with pytest.raises(ConfigError, match="'varlen', but the device is a CPU"):

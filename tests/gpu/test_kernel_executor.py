@@ -10,6 +10,8 @@ import torch
 from tests.families import FAMILIES
 from tests.parity.paged import PagedDecoder, Text
 from tests.tiny import make_tiny_artifact
+from torchweave_ray.llm import LLM
+from torchweave_ray.sampling_params import SamplingParams
 
 pytest.importorskip("triton", reason="triton, the language of the kernels, is not installed")
 from torchweave_ray.attention.triton_paged import TritonPagedAttention
@@ -60,3 +62,25 @@ def test_a_crowd_changes_no_bit_of_the_logits(tmp_path: Path, device: torch.devi
     together = logits([0, 1, 2])
     for i in range(3):
         assert torch.equal(logits([i])[0], together[i])
+
+
+PROMPTS = [[3, 9, 27, 81] * 3, [5, 7]]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1),
+    SamplingParams(temperature=0.8, seed=1, top_p=0.9, max_tokens=3, ignore_eos=True),
+]
+
+
+@pytest.mark.slow
+def test_texts_are_those_of_the_torch_executor(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    artifact = make_tiny_artifact(tmp_path, **heads)  # type: ignore[arg-type]
+    answers = []
+    for runner in ({"executor": "torch"}, {"executor": "triton", "step_depth": 1}):
+        with LLM(artifact, runner=runner) as llm:
+            assert llm.info.executor == runner["executor"]
+            answers.append(llm.generate(PROMPTS, PARAMS))
+    plain, ours = answers
+    assert [a.token_ids for a in ours] == [a.token_ids for a in plain]
+    assert ours[0].logprobs is not None
+    assert ours[0].logprobs[0].logprob == pytest.approx(plain[0].logprobs[0].logprob, abs=1e-4)  # type: ignore[index]

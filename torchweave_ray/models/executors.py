@@ -41,7 +41,7 @@ class Placement:
     device: torch.device
     num_threads: int
     """Of the native executor; torch's are set by whoever owns the process."""
-    executor: Literal["auto", "torch", "native"] = "auto"
+    executor: Literal["auto", "torch", "native", "triton"] = "auto"
     block_size: int = SUB
     """Of the KV cache."""
     team: Team | None = None
@@ -66,10 +66,9 @@ def open_executor(
     spec = build_spec(config)
     dtype, device = placement.dtype, placement.device
     plain: dict[str, Tensor] | None = None
-    if placement.executor != "torch" and device.type != "cpu":
-        if placement.executor == "native":
-            raise ConfigError(f"runner.executor is 'native', which runs on CPUs, not on {device}")
-    elif placement.executor != "torch":
+    if placement.executor == "native" and device.type != "cpu":
+        raise ConfigError(f"runner.executor is 'native', which runs on CPUs, not on {device}")
+    if placement.executor in ("auto", "native") and device.type == "cpu":
         try:
             library = load_library()
             if placement.block_size % SUB != 0:

@@ -34,9 +34,11 @@ class Kernels:
 
 
 def choose_kernels(device: torch.device, config: EngineConfig) -> Kernels:
-    """By what the device can run; `executor: torch` forgoes it. Raises ConfigError for an attention
-    that is asked for and cannot be had."""
-    reason = why_no_triton(device)
+    """By what the device can run; `executor: torch` forgoes it. Raises ConfigError for what is
+    asked for and cannot be had."""
+    reason = why_no_triton(device, may_interpret=config.runner.executor == "triton")
+    if config.runner.executor == "triton" and reason is not None:
+        raise ConfigError(f"runner.executor is 'triton', but {reason}")
     if config.runner.executor == "torch":
         reason = "runner.executor is 'torch'"
     if config.runner.attention == "varlen":
@@ -46,6 +48,10 @@ def choose_kernels(device: torch.device, config: EngineConfig) -> Kernels:
         if why is not None:
             raise ConfigError(f"runner.attention is 'varlen', but {why}")
     if reason is None:
+        if device.type == "cpu":
+            from torchweave_ray.kernels.triton.interpreter import interpret
+
+            interpret()
         from torchweave_ray.attention.triton_paged import TritonPagedAttention
         from torchweave_ray.kernels.triton.ops import TritonOps
 

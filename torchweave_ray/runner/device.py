@@ -69,12 +69,16 @@ def numerics_path(device: torch.device) -> str:
     return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def why_no_triton(device: torch.device) -> str | None:
-    """Why our Triton kernels cannot run on the device; None: they can. Imports no triton."""
-    if device.type == "cpu":
+def why_no_triton(device: torch.device, may_interpret: bool = False) -> str | None:
+    """Why our Triton kernels cannot run on the device; None: they can. Imports no triton.
+    `may_interpret`: on a CPU, too, where its interpreter is turned on."""
+    is_interpreted = may_interpret and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and not is_interpreted:
         return "the device is a CPU"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device.type == "cpu":
+        return None
     major, minor = torch.cuda.get_device_capability(device)
     return f"compute capability {major}.{minor} is below 8.0" if major < 8 else None
 
