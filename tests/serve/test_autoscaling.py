@@ -103,7 +103,7 @@ def test_what_is_wrong_is_named(model: dict[str, Any], message: str) -> None:
 
 def deployment(app_args: AppArgs) -> Any:
     """Of the first model."""
-    ingress_config, models = build(app_args)._bound_deployment.init_args
+    ingress_config, models, *_ = build(app_args)._bound_deployment.init_args
     return ingress_config, models[app_args.models[0].name]._bound_deployment
 
 
