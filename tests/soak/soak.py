@@ -62,6 +62,8 @@ class Report:
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Open ones, after a first short load and at the end, idle both times."""
     taken_blocks: int = 0
+    samples: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Requests so far, and MB by process."""
 
     @property
     def problems(self) -> list[str]:
@@ -138,7 +140,7 @@ class Clients:
 
     async def _abort(self, connection: Connection) -> str:
         """By its answer's id, from another connection, as a page's stop button does."""
-        body = self._body(stream=True, max_tokens=300)
+        body = self._body(stream=True, max_tokens=200)
         asked = Connection(self._url, {"Authorization": f"Bearer {KEYS[0]}"})
         asking = asyncio.create_task(asked.request("POST", PATH, body))
         found = None
@@ -180,7 +182,11 @@ class Soak:
         engine = {"cache": {"kv_memory": 1 << 20}, "scheduler": {"max_num_seqs": 32}}
         model = {"id": "tiny", "artifact": str(self._artifact), "threads": 1, "engine": engine}
         model |= {"num_cpus": 1}
-        api = {"keys_file": str(self._keys), "usage_log": str(self._folder / "usage")}
+        api: dict[str, Any] = {
+            "keys_file": str(self._keys),
+            "usage_log": str(self._folder / "usage"),
+        }
+        api["stream_keep_s"] = 10  # what is kept of streams that ended is soon as much as ever
         deployments = [{"name": TINY, "user_config": user_config}] if user_config else []
         args = {"models": [model], "api": api}
         cluster.deploy(cluster.config(args, deployments=deployments))
@@ -211,6 +217,7 @@ def soak(folder: Path, seconds: float, seed: int = 0) -> Report:
         report.preemptions = stats.num_preemptions
         report.taken_blocks = stats.num_blocks - stats.num_free_blocks
         warm = samples[int(len(samples) * WARM_SHARE) :]
+        report.samples = [(s.num_requests, s.mb) for s in samples[:: max(1, len(samples) // 60)]]
         for part in warm[0].mb:
             report.mb_per_1000_requests[part] = round(_slope(warm, part), 3)
             report.mb[part] = round(warm[0].mb[part], 1), round(warm[-1].mb[part], 1)
@@ -236,7 +243,9 @@ async def _load(application: Soak, clients: Clients, port: int, seconds: float) 
     processes = _processes()
     while not running.done():
         await asyncio.wait([running], timeout=SAMPLE_S)
-        samples.append(Sample(clients.num, {part: _mb(pid) for part, pid in processes.items()}))
+        samples.append(
+            Sample(clients.num, {part: round(_mb(pid), 1) for part, pid in processes.items()})
+        )
         if time.monotonic() > reload_at:
             await asyncio.to_thread(application.reload, port, rng)
             reload_at = time.monotonic() + RELOAD_S
