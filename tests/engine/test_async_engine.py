@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -123,6 +124,39 @@ def test_outputs_of_a_step_reach_the_loop_together() -> None:
             await asyncio.sleep(0.01)
         steps = "".join(seen).split("|")
         assert sum(len(step) == 2 for step in steps) >= 3
+
+    check(body)
+
+
+def test_a_full_queue_refuses_while_a_step_runs() -> None:
+    """As long as it takes; what the look is not sure of waits for its end."""
+
+    class HeldRunner(EchoRunner):
+        def submit(self, plan: StepPlan) -> PendingStep:
+            assert may_step.acquire(timeout=20)
+            return super().submit(plan)
+
+    may_step = threading.Semaphore(0)
+
+    async def body() -> None:
+        limits = {"max_waiting_tokens": 200, "max_num_seqs": 1, "max_num_batched_tokens": 64}
+        async with running(HeldRunner(LIMITS), **limits) as engine:
+            first, second, third, fourth = (
+                replace(make_request(name, num, max_tokens=1), artifact_id="artifact")
+                for name, num in (("a", 150), ("b", 100), ("c", 150), ("d", 150))
+            )
+            sinks: list[object] = []
+            engine.add(first, sinks.append)
+            await until(lambda: engine.snapshot().num_running == 1)
+            engine.add(second, sinks.append)  # for the inbox: a step is running
+            may_step.release()
+            await until(lambda: engine.snapshot().num_waiting_tokens == 100 + 22)
+            with pytest.raises(Overloaded, match="122 prompt tokens are waiting"):
+                engine.add(third, sinks.append)
+            assert not sinks, "and nobody else has heard anything: the step still runs"
+            engine.add(replace(fourth, tenant="another"), sinks.append)  # it has a share
+            may_step.release(100)
+            await until(lambda: len(sinks) == 3)
 
     check(body)
 

@@ -7,14 +7,14 @@ runs, and ends nothing itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torchweave_ray.deadline import Late
 from torchweave_ray.engine.budget import least_prefill_s, prompt_tokens_per_s
 from torchweave_ray.engine.plan import RuntimeLimits, StepPlan
 from torchweave_ray.engine.scheduler import Scheduler
 from torchweave_ray.engine.sequence import RequestState, Sequence
-from torchweave_ray.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from torchweave_ray.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestError
 from torchweave_ray.outputs import GenerateRequest, OutputKind, RequestOutput
 
 MAX_CHOICES = 64
@@ -116,6 +116,25 @@ class Admission:
                 waiting.note_shared(seq, blocks.num_shared_tokens(seq))
         return self._scheduler.num_waiting_tokens
 
+    def look(self, request: GenerateRequest, on_refusal: Callable[[RequestError], None]) -> None:
+        """`check_backlog` from another thread while a step runs, which may take longer than a
+        refusal should. Raises Overloaded, which `on_refusal` hears of first.
+
+        It only looks: counts are those of the step's end, for what a step computes is taken off
+        when it is planned. Where that is not enough to be sure, the engine's thread will say.
+        """
+        scheduler = self._scheduler
+        try:
+            is_sure = scheduler.shares.share(request.tenant, request.weight) == 1.0
+            if not is_sure or request.adapter or not request.artifact_id:
+                return
+            self._check(RequestState(request, 0.0), lambda: scheduler.num_waiting_tokens)
+        except Overloaded as error:
+            on_refusal(error)
+            raise
+        except RuntimeError:  # something changed while it was looked through
+            return
+
     def check_backlog(self, state: RequestState) -> None:
         """Raises Overloaded when a new request would take the backlog over its limit.
 
@@ -123,6 +142,9 @@ class Admission:
         already. A tenant within its share of a full backlog is let in all the same: who floods it
         shuts himself out. The cache is asked only when it could matter.
         """
+        self._check(state, self.backlog)
+
+    def _check(self, state: RequestState, count: Callable[[], int]) -> None:
         scheduler = self._scheduler
         self._check_length(state)
         limit = scheduler.config.max_waiting_tokens
@@ -132,7 +154,7 @@ class Admission:
         if most <= limit or state.request.output_token_ids:
             return
         probe.num_shared_tokens = scheduler.blocks.num_shared_tokens(probe)
-        backlog, wanted = self.backlog(), probe.num_missing_tokens
+        backlog, wanted = count(), probe.num_missing_tokens
         if backlog and backlog + wanted > limit and not self._is_within_share(probe, limit):
             raise Overloaded(
                 f"{backlog} prompt tokens are waiting, this request adds {wanted}, "
@@ -173,9 +195,12 @@ class Admission:
     def note_step(self, seconds: float, plan: StepPlan | None) -> None:
         """One step of the engine took so long."""
         self.forget_hits()
+        scheduler = self._scheduler
+        if 2 * scheduler.num_waiting_tokens > scheduler.config.max_waiting_tokens:
+            self.backlog()  # for those who only look
         if plan is not None:
             chunks = (entry.num_tokens for entry in plan.sequences if entry.num_tokens > 1)
-            is_waiting = self._scheduler.num_waiting > 0
+            is_waiting = scheduler.num_waiting > 0
             self._pace.note(seconds, sum(chunks), is_waiting)
 
     def late(self, states: Iterable[RequestState], now: float) -> Iterator[tuple[str, Late]]:

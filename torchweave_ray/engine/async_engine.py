@@ -104,10 +104,7 @@ class AsyncEngine:
             await asyncio.get_running_loop().run_in_executor(self._compiling, check)
 
     def add(self, request: GenerateRequest, sink: Sink) -> None:
-        """Queue a request; raises RequestError when it can be refused at once.
-
-        A full backlog is known between steps only: the sink then hears Overloaded, and no more.
-        """
+        """Queue it. Raises RequestError when it can be refused at once; else the sink hears it."""
         if self._death is not None:
             raise EngineDead(f"the engine has stopped: {self._death!r}")
         if self._draining:
@@ -115,6 +112,7 @@ class AsyncEngine:
         self._engine.check(request)
         if request.request_id in self._sinks:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
+        self._engine.admission.look(request, self.meter.refused)
         self._sinks[request.request_id] = sink
         self._idle.clear()
         self._post(partial(self._add, request))
