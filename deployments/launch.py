@@ -41,6 +41,7 @@ OBJECT_STORE_BYTES = 512 << 20
 Ray gives it its usual share of the memory."""
 PERMANENT = ("ArtifactError: ", "ConfigError: ")
 """Another try of the constructor ends the same way."""
+OUR_ERRORS = "torchweave_ray.errors."
 POLL_S = 0.1
 HTTP_READY_S = 60.0
 
@@ -138,6 +139,7 @@ class Launch:
         self._dashboard = dashboard
         self._say = say
         self._seconds: dict[str, float] = {}
+        self._dashboard_url: str | None = None
         host = config.http_options.host
         self._url = (
             f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{config.http_options.port}"
@@ -174,12 +176,13 @@ class Launch:
         self._seconds[stage] = time.perf_counter() - start
 
     def _start_ray(self) -> None:
-        ray.init(
+        context = ray.init(
             address="local",
             namespace="serve",
             include_dashboard=self._dashboard,
             object_store_memory=self._object_store_bytes(),
         )
+        self._dashboard_url = context.dashboard_url
 
     def _object_store_bytes(self) -> int | None:
         ours = [app for app in self._config.applications if app.import_path == BUILDER]
@@ -210,7 +213,8 @@ class Launch:
                         self._say(f"[Serve] {name}: {line}")
                 failed = application.status == ApplicationStatus.DEPLOY_FAILED
                 if failed or any(error in line for line in said for error in PERMANENT):
-                    raise TorchWeaveError("; ".join(said) or the_error_in(application.message))
+                    why = "; ".join(said) or the_error_in(application.message)
+                    raise TorchWeaveError(why.replace(OUR_ERRORS, ""))
             states = [application.status for application in applications]
             if states and all(state == ApplicationStatus.RUNNING for state in states):
                 return self._wait_for_http(stop)
@@ -234,8 +238,11 @@ class Launch:
             self._say(f"[Serve] {name}: seconds: {_listed(startup_s)}")
         total = sum(self._seconds.values())
         body = '{"prompt": "Gravity is", "max_new_tokens": 64}'
+        self._say(f"[Serve] ready: {self._url} (start-up {total:.1f} s: {_listed(self._seconds)})")
+        if self._dashboard_url:
+            url = f"http://{self._dashboard_url}"
+            self._say(f"[Serve] dashboard: {url}; `ray get-auth-token` prints its token")
         self._say(
-            f"[Serve] ready: {self._url} (start-up {total:.1f} s: {_listed(self._seconds)})\n"
             f"[Serve] try: {self._url}/ in a browser, or\n"
             f"curl -N {self._url}/v1/generate -d '{body}'"
         )
