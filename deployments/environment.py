@@ -32,6 +32,7 @@ VARIABLES = (
     Variable("ARTIFACT_CACHE_DIR", ("artifact_cache",), str),
     Variable("MAX_BATCH", ("models", "engine", "scheduler", "max_num_seqs"), int),
     Variable("SCHEDULE_TICK_MS", ("models", "engine", "scheduler", "schedule_tick_ms"), float),
+    Variable("SPECULATION", ("models", "engine", "speculation", "method"), str),
     Variable("MAX_NEW_TOKENS", ("api", "max_new_tokens"), int),
     Variable("TEMPERATURE", ("api", "temperature"), float),
     Variable("TOP_K", ("api", "top_k"), int),

@@ -50,9 +50,10 @@ def log_start(
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in startup_s.items())
     formats = "".join(f", {group} {name}" for group, name in info.quantization.items())
     logger.info(
-        "[Start] %s: artifact %s, %s executor on %s, %s%s, KV %s, %d threads; seconds: %s",
+        "[Start] %s: artifact %s, %s executor on %s, %s%s, KV %s, speculation %s, %d threads; "
+        "seconds: %s",
         *(info.id, info.artifact_id, info.executor, info.device, info.dtype, formats),
-        *(info.kv_dtype, threads, stages),
+        *(info.kv_dtype, info.speculation, threads, stages),
     )
     if info.device == "cpu" and threads * sharing > cores:
         logger.warning(

@@ -227,8 +227,8 @@ class ModelInfo:
     max_num_seqs: int
     block_size: int
     kv_dtype: str  # what the KV cache holds: int8, or `dtype`
-    quantization: Mapping[str, str] = field(default_factory=dict)
-    """Format of the weights by tensor group; {}: they are `dtype`."""
+    quantization: Mapping[str, str] = field(default_factory=dict)  # format by tensor group
+    speculation: str = "none"  # the method by which tokens are guessed
     has_adapters: bool = False  # LoRA adapters may be asked for
     adapter: str = ""  # a LoRA adapter's name; `id` is then the base model's, a colon and it
     adapter_id: str = ""  # hash of its content; "": not looked at yet

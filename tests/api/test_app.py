@@ -72,6 +72,7 @@ def test_model(api: Api) -> None:
         "dtype": "float32",
         "kv_dtype": "float32",
         "quantization": {},
+        "speculation": "none",
         "max_batch_size": 8,
         "context_length": 512,
         "block_size": 16,

@@ -108,6 +108,7 @@ def test_environment_names_the_model() -> None:
     [
         ({"MAX_BATCH": "many"}, "MAX_BATCH=many"),
         ({"MAX_BATCH": "0"}, "MAX_BATCH=0: max_num_seqs must be at least 1"),
+        ({"SPECULATION": "guess"}, "SPECULATION=guess: .*must be 'none' or 'ngram'"),
         ({"TEMPERATURE": "warm"}, "TEMPERATURE=warm"),
     ],
 )

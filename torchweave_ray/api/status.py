@@ -69,6 +69,7 @@ class StatusApi:
             "dtype": info.dtype,
             "kv_dtype": info.kv_dtype,
             "quantization": dict(info.quantization),
+            "speculation": info.speculation,
             "max_batch_size": info.max_num_seqs,
             "context_length": info.max_model_len,
             "block_size": info.block_size,

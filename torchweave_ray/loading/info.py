@@ -44,6 +44,7 @@ def describe(
         block_size=runner.limits.block_size,
         kv_dtype=_dtype_name(kv_dtype),
         quantization=manifest.quantization,
+        speculation=config.speculation.method,
         has_adapters=config.lora.source is not None,
     )
 
