@@ -38,11 +38,10 @@ class Chunk:
     @property
     def num_logit_rows(self) -> int:
         """The last rows of the chunk, so many of them."""
-        if self.sequence.output is StepOutput.NONE:
-            return 0
-        if self.sequence.output in (StepOutput.PROMPT_LOGPROBS, StepOutput.POOL_ALL):
-            return self.num_positions
-        return 1 + len(self.draft_token_ids)
+        output = self.sequence.output
+        if output is StepOutput.SAMPLE or output is StepOutput.POOL:
+            return 1 + len(self.draft_token_ids)
+        return 0 if output is StepOutput.NONE else self.num_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,21 +124,30 @@ class _Flat:
         """(token, seq_id) of those that the step before draws."""
 
     def add(self, chunk: Chunk) -> None:
-        seq, block_size = chunk.sequence, self._block_size
-        start, end = seq.start, seq.start + chunk.num_positions
+        seq, num_positions = chunk.sequence, chunk.num_positions
+        start = seq.start
         self.token_ids += seq.token_ids[start : start + seq.num_tokens]
         if self.token_ids[-1] == IN_FLIGHT:
             self.in_flight.append((len(self.token_ids) - 1, seq.seq_id))
-        self.token_ids += chunk.draft_token_ids
-        self.positions += range(start, end)
-        for block in range(start // block_size, -(-end // block_size)):
-            first = block * block_size
-            offset = seq.block_table[block] * block_size - first
-            self.slots += range(max(start, first) + offset, min(end, first + block_size) + offset)
+        if num_positions == 1:  # of most steps all chunks are
+            self.positions.append(start)
+            block, offset = divmod(start, self._block_size)
+            self.slots.append(seq.block_table[block] * self._block_size + offset)
+        else:
+            self.token_ids += chunk.draft_token_ids
+            self.positions += range(start, start + num_positions)
+            self._add_slots(seq.block_table, start, start + num_positions)
         num = len(self.positions)
         assert len(self.token_ids) == num
         self.starts.append(num)
         self.logit_rows += range(num - chunk.num_logit_rows, num)
+
+    def _add_slots(self, block_table: Sequence[int], start: int, end: int) -> None:
+        block_size = self._block_size
+        for block in range(start // block_size, -(-end // block_size)):
+            first = block * block_size
+            offset = block_table[block] * block_size - first
+            self.slots += range(max(start, first) + offset, min(end, first + block_size) + offset)
 
     def pad(self, num: int) -> None:
         first = len(self.positions)

@@ -90,7 +90,9 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> PendingStep:
         num = len(plan.sequences)
         collected = Collected([[] for _ in range(num)], [None] * num)
-        order = sorted(range(num), key=lambda index: plan.sequences[index].adapter_id)
+        order: Sequence[int] = range(num)
+        if any(seq.adapter_id for seq in plan.sequences):
+            order = sorted(order, key=lambda index: plan.sequences[index].adapter_id)
         chunks = [(index, _chunk(plan, index)) for index in order]
         pooling = [c for _, c in chunks if c.sequence.output in _POOLING]
         with torch.inference_mode():
