@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchweave_ray.sampling_params import SamplingParams
 from torchweave_ray.tokenizer import load_tokenizer
 
 ROUNDS = 3
-PROMPT_TOKENS, OUTPUT_TOKENS, CLIENTS = 512, 64, 16
+PROMPT_TOKENS, OUTPUT_TOKENS, CLIENTS = 512, 64, 4
 KV_MEMORY = 512 << 20
 
 
@@ -72,7 +73,12 @@ def main() -> None:
     for point in points:
         print(point)
     if "--save" in sys.argv:
-        config = {"kv_memory": KV_MEMORY, "prompt_tokens": PROMPT_TOKENS, "clients": CLIENTS}
+        config: dict[str, Any] = {
+            "kv_memory": KV_MEMORY,
+            "prompt_tokens": PROMPT_TOKENS,
+            "clients": CLIENTS,
+        }
+        config["load_average"] = os.getloadavg()[0]
         print(save_results(Path("benchmarks/results"), "sleep-cost", config, points))
 
 

@@ -16,7 +16,7 @@ from torchweave_ray.bench.origin import save_results
 from torchweave_ray.llm import LLM
 from torchweave_ray.sampling_params import SamplingParams
 
-ROUNDS = 5
+ROUNDS = 3
 PROMPT_TOKENS = (512, 1024, 2048)
 KV_MEMORY = 512 << 20
 ONE = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
@@ -87,7 +87,12 @@ def main() -> None:
     for point in points:
         print(point)
     if "--save" in sys.argv:
-        config = {"artifact": Path(sys.argv[1]).name, "kv_memory": KV_MEMORY, "rounds": ROUNDS}
+        config: dict[str, Any] = {
+            "artifact": Path(sys.argv[1]).name,
+            "kv_memory": KV_MEMORY,
+            "rounds": ROUNDS,
+        }
+        config["load_average"] = os.getloadavg()[0]
         print(save_results(Path("benchmarks/results"), "spill-cost", config, points))
 
 
