@@ -17,6 +17,7 @@ from torchweave_ray.models.artifact import verify_artifact
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.runner.adapters import AdapterStore
 from torchweave_ray.runner.backends import sampler_of
+from torchweave_ray.runner.device import release_cached_memory
 from torchweave_ray.runner.model_runner import ModelRunner
 
 
@@ -46,6 +47,7 @@ class ModelMemory:
         if self._adapters is not None:
             self._adapters.release_memory()
         gc.collect()
+        release_cached_memory()
         with suppress(OSError, AttributeError):  # glibc keeps what was freed, unless it is told
             ctypes.CDLL(None).malloc_trim(0)
 

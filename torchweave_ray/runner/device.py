@@ -160,6 +160,12 @@ def graphs_of(device: torch.device) -> Callable[[], DeviceGraph] | None:
     return partial(DeviceGraph, torch.cuda.graph_pool_handle())
 
 
+def release_cached_memory() -> None:
+    """Give the system what a GPU's allocator keeps of memory that nobody uses."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on the device."""
     if device.type == "cuda":
