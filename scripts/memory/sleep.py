@@ -33,11 +33,12 @@ def memory() -> dict[str, float]:
     return {"rss_mib": round(fields["Rss"]), "uss_mib": round(private)}
 
 
-async def answer(engine: AsyncEngine, name: str, num_tokens: int = OUTPUT_TOKENS) -> float:
-    """Seconds to the first token."""
+async def answer(engine: AsyncEngine, name: str, is_probe: bool = False) -> float:
+    """Seconds to the first token; a probe is short."""
+    num_prompt, num_tokens = (16, 1) if is_probe else (PROMPT_TOKENS, OUTPUT_TOKENS)
     start, first = time.perf_counter(), 0.0
     seed = sum(map(ord, name))
-    prompt = tuple((seed * 7919 + i * 31) % 40_000 + 100 for i in range(PROMPT_TOKENS))
+    prompt = tuple((seed * 7919 + i * 31) % 40_000 + 100 for i in range(num_prompt))
     sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     async for output in engine.generate(GenerateRequest(name, "", prompt, sampling)):
         if not first and any(delta.token_ids for delta in output.deltas):
@@ -54,12 +55,12 @@ async def measure(artifact: Path) -> list[dict[str, Any]]:
     served.start()
     for index in range(ROUNDS):
         await asyncio.gather(*(answer(served, f"{index}-{i}") for i in range(CLIENTS)))
-        awake = await answer(served, f"{index}-awake", 1)
+        awake = await answer(served, f"{index}-awake", True)
         point = {"artifact": artifact.name, "executor": loaded.info.executor, "round": index}
         points.append(point | {"state": "awake", "first_token_s": round(awake, 3), **memory()})
         assert all(*(await served.sleeping(None, True)).values())
         points.append(point | {"state": "asleep", **memory()})
-        woken = await answer(served, f"{index}-woken", 1)
+        woken = await answer(served, f"{index}-woken", True)
         points.append(point | {"state": "woken", "first_token_s": round(woken, 3), **memory()})
     served.close()
     loaded.lease.release()
