@@ -80,11 +80,14 @@ def test_a_whole_answer_that_is_late_is_504(api: Api, path: str, at: int) -> Non
     if path != "/v1/messages":
         error = response.json()["error"]
         assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
-    assert len(api.backend.aborted) == 1
+    begun = [request.request_id for request in api.backend.requests]
+    assert api.backend.aborted == begun  # on a loaded machine it may be late before it begins
+    assert len(begun) <= 1
 
 
 def _never(api: Api) -> Any:
     async def generate(request: Any) -> Any:
+        api.backend.requests.append(request)
         try:
             await asyncio.Event().wait()
             yield
