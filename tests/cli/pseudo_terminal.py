@@ -7,13 +7,14 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")
 
@@ -45,15 +46,11 @@ class Terminal:
                 except OSError as error:  # the command closed its terminal
                     raise AssertionError(f"no {text!r} in {fresh!r}") from error
 
-    def press(self, key: str, text: str, times: int = 10) -> None:
-        """A key, until `text` comes: between an answer and the next prompt it may go lost."""
-        for _ in range(times - 1):
-            self.type(key)
-            with suppress(AssertionError):
-                self.wait_for(text, 3)
-                return
-        self.type(key)
-        self.wait_for(text)
+
+def _take_terminal() -> None:
+    """Ctrl-C reaches the command, also where the tests run in the background and ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
@@ -71,7 +68,7 @@ def terminal(*arguments: str, **environment: str) -> Iterator[Terminal]:
         stderr=slave,
         env=env,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C reaches it
+        preexec_fn=_take_terminal,
     )
     os.close(slave)
     try:
