@@ -14,7 +14,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")
 
@@ -45,6 +45,16 @@ class Terminal:
                     self.raw += os.read(self._master, 65536).decode("utf-8", "replace")
                 except OSError as error:  # the command closed its terminal
                     raise AssertionError(f"no {text!r} in {fresh!r}") from error
+
+    def press(self, key: str, text: str, times: int = 10) -> None:
+        """A key, until `text` comes: readline misses a signal just before it begins to wait."""
+        for _ in range(times - 1):
+            self.type(key)
+            with suppress(AssertionError):
+                self.wait_for(text, 3)
+                return
+        self.type(key)
+        self.wait_for(text)
 
 
 def _take_terminal() -> None:
