@@ -115,6 +115,9 @@ class EchoRunner:
         else:
             self.last_sampled.pop(seq_id, None)
 
+    def check_health(self) -> None:
+        """It is well."""
+
     def close(self) -> None:
         assert not self.queue
 

@@ -51,6 +51,9 @@ RULES = {
     TW + "runner": _rule(
         f"{CONTRACTS} engine.plan models attention kernels config", "transformers asyncio"
     ),
+    TW + "parallel": _rule(
+        "errors config engine.plan runner models attention kernels", "transformers asyncio"
+    ),
     TW + "models": _rule("attention.base kernels errors", "transformers asyncio"),
     TW + "hf": _rule("models attention kernels errors", "asyncio"),
     TW + "attention": _rule("kernels errors", "transformers asyncio"),

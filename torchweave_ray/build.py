@@ -9,8 +9,8 @@ import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from torchweave_ray.hf.opening import open_executor
 from torchweave_ray.kernels.machine import fingerprint
 from torchweave_ray.loading.info import describe
 from torchweave_ray.loading.memory import ModelMemory
+from torchweave_ray.loading.opened import Alone, OpenedModel
 from torchweave_ray.models.artifact import (
     WEIGHTS,
     Lease,
@@ -44,6 +45,8 @@ from torchweave_ray.models.ops import Ops
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.outputs import ModelInfo
+from torchweave_ray.parallel.group import RankGroup
+from torchweave_ray.parallel.launch import Launcher
 from torchweave_ray.runner.adapters import AdapterStore, open_adapters
 from torchweave_ray.runner.backends import check_invariance, choose_kernels
 from torchweave_ray.runner.device import (
@@ -92,10 +95,12 @@ def load_model(
     model_id: str | None = None,
     weights: NDArray[np.uint8] | None = None,
     adapters: AdapterSource | None = None,
+    launcher: Launcher | None = None,
 ) -> LoadedModel:
     """Load an artifact; `model_id` defaults to its folder's name. `weights`: the weights file
     [bytes] where the folder has none: shared memory that others map too, and that was checked.
-    `adapters`: of a `lora.source` that is no folder of this machine.
+    `adapters`: of a `lora.source` that is no folder of this machine. `launcher`: of the processes
+    for `tensor_parallel_size`; None: children of this one.
 
     Raises ArtifactError naming the file or tensor, ConfigError with what does not fit this machine.
     """
@@ -105,16 +110,44 @@ def load_model(
         whole = None if weights is None else map_shared(weights)
         manifest = verify_artifact(artifact_dir, elsewhere=() if whole is None else (WEIGHTS,))
         model = _checked(ModelConfig.from_hf(read_hf_config(artifact_dir)))
-        spec = build_spec(model)
     device = resolve_device(config.runner.device)
     kernels = choose_kernels(device, config)
     placement = _placement(artifact_dir, manifest, config, device, kernels.ops)
     kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, placement.dtype)
-    with stages.timed("weights"):
-        reopen = partial(
-            open_executor, artifact_dir, model, manifest, placement, kernels.attention, whole
+    found = artifact_dir, model, manifest
+    source: OpenedModel
+    if config.tensor_parallel_size > 1:
+        source = RankGroup(
+            *found, config, placement, kernels.attention, kv_dtype, launcher, whole is None
         )
-        executor = reopen()
+    else:
+        reopen = partial(open_executor, *found, placement, kernels.attention, whole)
+        source = Alone(build_spec(model), reopen)
+    name = model_id or artifact_dir.absolute().name
+    weights_dir = artifact_dir if whole is None else None
+    with ExitStack() as undo:
+        undo.callback(source.close)
+        loaded = _load(name, *found, config, placement, kv_dtype, source, adapters, weights_dir)
+        undo.pop_all()
+    return replace(loaded, startup_s={**stages.seconds, **loaded.startup_s}, lease=lease)
+
+
+def _load(
+    name: str,
+    artifact_dir: Path,
+    model: ModelConfig,
+    manifest: Manifest,
+    config: EngineConfig,
+    placement: Placement,
+    kv_dtype: torch.dtype,
+    source: OpenedModel,
+    adapters: AdapterSource | None,
+    weights_dir: Path | None,
+) -> LoadedModel:
+    """`weights_dir`: with the file that a restart reads; None: there is none."""
+    stages, device = _Stages(), placement.device
+    with stages.timed("weights"):
+        executor = source.open_executor()
         check_invariance(executor, config.runner)
         if isinstance(executor, NativeExecutor):
             # What is left for torch is small, and its threads would spin on our cores.
@@ -123,18 +156,22 @@ def load_model(
     with stages.timed("kv_cache"):
         store = open_adapters(config.lora, adapters, model, executor)
         beside = 0 if opened is None else opened.block_bytes(placement.block_size)
-        runner = open_runner(executor, spec, model, config, kv_dtype, device, store, beside)
+        runner = open_runner(
+            *(executor, source.spec, model, config, kv_dtype, device, store, beside),
+            parts=source.runner_parts(),
+        )
         draft = None if opened is None else opened.start(runner.limits, device)
     with stages.timed("first_step"):
         run_first_step(runner)
-    name = model_id or artifact_dir.absolute().name
     info = describe(name, manifest, model, executor, runner, config, placement, kv_dtype)
     tuned = tuned_settings(artifact_dir, _machine(info, placement), config.scheduler)
-    memory = ModelMemory(runner, store, draft, reopen, None if whole is not None else artifact_dir)
-    spill = open_spill(config.cache.spill, info, runner.kv_cache)
-    took = stages.seconds
     return LoadedModel(
-        runner, info, manifest, artifact_dir, tuned, took, store, lease, draft, memory, spill
+        *(runner, info, manifest, artifact_dir, tuned, stages.seconds, store),
+        draft=draft,
+        memory=ModelMemory(
+            *(runner, store, draft, source.open_executor, weights_dir, source.release)
+        ),
+        spill=open_spill(config.cache.spill, info, runner.kv_cache),
     )
 
 
@@ -154,10 +191,13 @@ def _placement(
 ) -> Placement:
     """Sets torch's threads, too, and spares the collector: nothing of the model is there yet."""
     _spare_the_collector()
+    num_threads = set_num_threads(config.runner.threads or tuned_threads(artifact_dir))
+    if config.tensor_parallel_size > 1:
+        num_threads = set_num_threads(max(1, num_threads // config.tensor_parallel_size))
     return Placement(
         resolve_dtype(config.runner.dtype, manifest.dtype),
         device,
-        set_num_threads(config.runner.threads or tuned_threads(artifact_dir)),
+        num_threads,
         config.runner.executor,
         config.cache.block_size,
         ops=ops,

@@ -223,12 +223,15 @@ class EngineConfig:
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    tensor_parallel_size: int = 1
+    """Processes that compute a model together, each a slice of every layer, on a GPU of its own."""
     stats_interval_s: float = 10.0
     """Seconds between [Scheduler] log lines while there is work."""
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
+        _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:

@@ -105,8 +105,7 @@ class AsyncEngine:
 
     def add(self, request: GenerateRequest, sink: Sink) -> None:
         """Queue it. Raises RequestError when it can be refused at once; else the sink hears it."""
-        if self._death is not None:
-            raise EngineDead(f"the engine has stopped: {self._death!r}")
+        self.check_health()
         if self._draining:
             raise Unavailable("this replica is shutting down", None, "draining", 1.0)
         self._engine.check(request)
@@ -165,9 +164,10 @@ class AsyncEngine:
         self._post(partial(self._engine.update_scheduler_config, config))
 
     def check_health(self) -> None:
-        """Raise EngineDead if the thread is gone or has been stuck in one step."""
+        """Raise EngineDead if the thread or the runner is gone, or has been stuck in one step."""
         if self._death is not None:
             raise EngineDead(f"the engine has stopped: {self._death!r}")
+        self._engine.check_health()
         stuck = time.monotonic() - self._last_beat
         if self._thread.ident is not None and stuck > _STUCK_S:
             raise EngineDead(f"the engine has not finished a step for {stuck:.0f} s")

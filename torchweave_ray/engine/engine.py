@@ -46,7 +46,7 @@ class Engine:
     ) -> None:
         """`clock` is that of deadlines; without `grammars` or `adapters` a request with one is
         refused; `memory`: what it lets go of when it sleeps; `store`: of cached blocks."""
-        self._runner = runner
+        self._runner, self.check_health = runner, runner.check_health
         self._artifact_id = artifact_id
         self._clock = clock
         self.adapters = adapters or AdapterPool()

@@ -121,7 +121,7 @@ class PendingStep(Protocol):
 
 
 class Runner(Protocol):
-    """Runs steps in the order they are submitted."""
+    """Runs steps in the order they are submitted; any thread may ask for its health: EngineDead."""
 
     @property
     def limits(self) -> RuntimeLimits: ...
@@ -134,5 +134,7 @@ class Runner(Protocol):
         Called between submits; a step submitted before still sees it. The id may come again.
         """
         ...
+
+    def check_health(self) -> None: ...
 
     def close(self) -> None: ...

@@ -31,17 +31,20 @@ class ModelMemory:
         draft: LoadedDraft | None,
         reopen: Callable[[], Executor],
         directory: Path | None,
+        release_others: Callable[[], None] = lambda: None,
     ) -> None:
         """`reopen` maps the weights again. `directory`: with their file, which is checked before;
-        None: they are in memory that others hold."""
+        None: they are in memory that others hold. `release_others`: those of other ranks."""
         self._runner = runner
         self._adapters = adapters
         self._draft = draft
         self._reopen = reopen
         self._directory = directory
+        self._release_others = release_others
 
     def release(self) -> None:
         self._runner.release_memory()
+        self._release_others()
         if self._draft is not None:
             self._draft.runner.release_memory()
         if self._adapters is not None:

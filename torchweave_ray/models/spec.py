@@ -25,6 +25,9 @@ class Embed:
     table: str
     out: str
     scale: float = 1.0
+    first_row: int | None = None
+    """The table is a slice of the rows from here on, other rows are zeros, and the sum over all
+    ranks is taken; None: it is whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,9 @@ class Linear:
     weight: str  # [out_features, in_features]
     bias: str | None = None
     accumulate: bool = False
+    is_partial: bool = False
+    """x and weight are slices of the inputs: the product is summed over all ranks, before the
+    bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,8 @@ class Experts:
     normalize: bool
     """The weights of the chosen add up to 1."""
     kind: Literal["silu", "gelu_tanh"]
+    is_partial: bool = False
+    """`size` is a slice of each expert's: the results are summed over all ranks."""
 
 
 Op = Embed | RMSNorm | Linear | Attention | GatedActivation | Experts
@@ -126,6 +134,18 @@ class DecoderSpec:
     tensors: tuple[str, ...]
     """Every tensor the ops name; a missing or a surplus one in an artifact is an error."""
     logits_soft_cap: float | None = None
+
+
+class Ranks(Protocol):
+    """The processes that hold the other slices of a decoder; all run the same steps."""
+
+    def sum(self, x: Tensor) -> None:
+        """In place, the same bits on all ranks."""
+        ...
+
+    def gather_columns(self, x: Tensor) -> Tensor:
+        """[R, n] of each -> [R, n * ranks] on rank 0."""
+        ...
 
 
 class Executor(Protocol):

@@ -27,6 +27,7 @@ from torchweave_ray.models.spec import (
     GatedActivation,
     Linear,
     Op,
+    Ranks,
     RMSNorm,
     Rope,
 )
@@ -41,9 +42,10 @@ class TorchExecutor:
         tensors: Mapping[str, Weight],
         attention: AttentionBackend,
         ops: Ops | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`ops`: None: plain torch's. Raises ArtifactError naming a tensor that is missing or that
-        no op uses."""
+        """`ops`: None: plain torch's. `ranks`: where `spec` is a slice. Raises ArtifactError naming
+        a tensor that is missing or that no op uses."""
         if missing := sorted(set(spec.tensors) - set(tensors)):
             raise ArtifactError(f"tensor {missing[0]} is missing ({len(missing)} in all)")
         if surplus := sorted(set(tensors) - set(spec.tensors)):
@@ -52,6 +54,7 @@ class TorchExecutor:
         self._tensors = tensors
         self._attention = attention
         self._ops = ops or TorchOps(attention)
+        self._ranks = ranks
         self.name = self._ops.name
         self._like = next(each for each in tensors.values() if isinstance(each, Tensor))
         device = self._like.device
@@ -60,10 +63,13 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
-        """Logits of `inputs.logit_rows`: [R, vocab_size] float32."""
+        """Logits of `inputs.logit_rows`: [R, vocab_size] float32; of ranks beside 0 their own."""
         step = self._decode(inputs, kv)
         step.run_all(self._spec.head_ops)
-        logits = step.buffers["logits"].float()
+        logits = step.buffers["logits"]
+        if self._ranks is not None:
+            logits = self._ranks.gather_columns(logits)[:, : self._spec.vocab_size].contiguous()
+        logits = logits.float()
         if self._spec.logits_soft_cap is not None:
             logits = torch.tanh(logits / self._spec.logits_soft_cap) * self._spec.logits_soft_cap
         return logits
@@ -90,7 +96,7 @@ class TorchExecutor:
     def begin(self, inputs: StepInputs, kv: Sequence[LayerKV]) -> TorchStep:
         """A step before its first op, for callers that run and watch the ops one by one."""
         dtype = self._like.dtype
-        step = TorchStep(self._tensors, self._attention, self._ops, inputs, kv, dtype)
+        step = TorchStep(self._tensors, self._attention, self._ops, inputs, kv, dtype, self._ranks)
         for rope, inv_freq in self._inv_freqs.items():
             step.rotations[rope] = rotation_of(inv_freq, rope.attention_scaling, inputs.positions)
         return step
@@ -114,6 +120,7 @@ class TorchStep:
         inputs: StepInputs,
         kv: Sequence[LayerKV],
         dtype: torch.dtype,
+        ranks: Ranks | None = None,
     ) -> None:
         self.buffers: dict[str, Tensor] = {}
         self.rotations: dict[Rope, Rotation] = {}
@@ -123,6 +130,7 @@ class TorchStep:
         self._inputs = inputs
         self._kv = kv
         self._dtype = dtype
+        self._ranks = ranks
 
     def run_all(self, ops: Sequence[Op]) -> None:
         """In order; an add to a buffer and the norm of it that follows are one."""
@@ -150,14 +158,29 @@ class TorchStep:
             case Experts():
                 self._mix(op)
             case Embed():
-                rows = self._embed(self._weights[op.table])
+                rows = self._embed(op)
                 self.buffers[op.out] = rows if op.scale == 1.0 else rows * op.scale
 
-    def _embed(self, table: Weight) -> Tensor:
-        ids = self._inputs.input_ids
+    def _embed(self, op: Embed) -> Tensor:
+        if op.first_row is None:
+            return self._rows_of(op.table, self._inputs.input_ids)
+        ids = self._inputs.input_ids - op.first_row
+        table = self._weights[op.table]
+        num_rows = table.shape[0] if isinstance(table, Tensor) else table.n
+        is_own = (ids >= 0) & (ids < num_rows)
+        rows = self._rows_of(op.table, ids.where(is_own, 0)).masked_fill_(~is_own[:, None], 0.0)
+        self._sum(rows)
+        return rows
+
+    def _rows_of(self, name: str, ids: Tensor) -> Tensor:
+        table = self._weights[name]
         if isinstance(table, Tensor):
             return functional.embedding(ids, table)
         return dequantize(table.rows(ids)).to(self._dtype)
+
+    def _sum(self, x: Tensor) -> None:
+        assert self._ranks is not None, "a slice of a decoder runs among its ranks"
+        self._ranks.sum(x)
 
     def _linear(self, op: Linear) -> None:
         product = self._product(op)
@@ -168,6 +191,10 @@ class TorchStep:
 
     def _product(self, op: Linear) -> Tensor:
         bias = None if op.bias is None else self._tensor(op.bias)
+        if op.is_partial:
+            product = self._ops.linear(self.buffers[op.x], self._weights[op.weight], None)
+            self._sum(product)
+            return product if bias is None else product.add_(bias)
         product = self._ops.linear(self.buffers[op.x], self._weights[op.weight], bias)
         for rows in self._inputs.adapters:
             assert isinstance(rows.adapter, Mapping), "an adapter is loaded by its executor"
@@ -203,8 +230,14 @@ class TorchStep:
             parts[rows, ranks] = self._ops.linear(
                 self._ops.gated(both, op.kind), down[expert], None
             )
+        mixed = self.buffers[op.out]
+        if op.is_partial:
+            mixed = torch.zeros_like(mixed)
         for rank in range(op.top_k):
-            self.buffers[op.out].add_(parts[:, rank] * shares[:, rank, None].to(x.dtype))
+            mixed.add_(parts[:, rank] * shares[:, rank, None].to(x.dtype))
+        if op.is_partial:
+            self._sum(mixed)
+            self.buffers[op.out].add_(mixed)
 
     def _attend(self, op: Attention) -> None:
         shape, kv = op.shape, self._kv[op.layer]

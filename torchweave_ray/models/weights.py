@@ -6,7 +6,7 @@ Which tensors a file must hold, and how, is tensors.py's. Knows nothing of ops.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +32,14 @@ from torchweave_ray.models.upload import Uploader
 
 LAYOUTS = (LAYOUT, PACKED, QUANTIZED, QUANTIZED_ROWS)
 
+Part = Callable[[FusedTensor, Tensor | QuantizedLinear], Tensor | QuantizedLinear]
+"""What is kept of a row-major tensor."""
+
 _logger = logging.getLogger(__name__)
+
+
+def _all_of_it(tensor: FusedTensor, whole: Tensor | QuantizedLinear) -> Tensor | QuantizedLinear:
+    return whole
 
 
 def load_weights(
@@ -42,11 +49,13 @@ def load_weights(
     device: torch.device,
     manifest: Manifest | None = None,
     whole: Tensor | None = None,
+    part: Part = _all_of_it,
 ) -> dict[str, Tensor]:
     """An artifact's tensors by name, row-major. On the CPU in their own dtype they are views of
     the mapped file, shared by all replicas of a node through the page cache; packed ones are
     unpacked and quantised ones dequantised, which takes a copy. `manifest`: of a folder
     that has none yet. `whole`: [bytes] uint8, the weights file where it is no file of the folder.
+    `part`: a rank's, of each tensor.
 
     Raises ArtifactError naming the tensor that is missing, unknown or of another shape.
     """
@@ -54,10 +63,10 @@ def load_weights(
     tensors: dict[str, Tensor] = {}
     num_unpacked = num_dequantised = 0
     for tensor, stored in _read(directory, config, manifest, whole):
-        held = _row_major(stored)
+        held = part(tensor, _row_major(stored))
+        num_unpacked += isinstance(stored, PackedLinear) or tensor.format != "bf16"
         if isinstance(held, QuantizedLinear):
             held = dequantize(held)
-        num_unpacked += held is not stored
         num_dequantised += tensor.format != "bf16"
         tensors[tensor.name] = uploader.move(held, dtype)
     uploader.finish()
@@ -78,13 +87,14 @@ def load_products(
     device: torch.device,
     manifest: Manifest | None = None,
     whole: Tensor | None = None,
+    part: Part = _all_of_it,
 ) -> dict[str, Tensor | QuantizedLinear]:
     """As `load_weights`, for products that read codes: quantised weights stay so, those of experts
     left out. Raises as `load_weights`."""
     uploader = Uploader(device)
     tensors: dict[str, Tensor | QuantizedLinear] = {}
     for tensor, stored in _read(directory, config, manifest, whole):
-        held = _row_major(stored)
+        held = part(tensor, _row_major(stored))
         if isinstance(held, QuantizedLinear) and tensor.num_experts > 1:
             held = dequantize(held)
         if isinstance(held, QuantizedLinear):

@@ -62,6 +62,11 @@ def set_num_threads(threads: int | None) -> int:
     return threads
 
 
+def num_gpus() -> int:
+    """That torch sees."""
+    return torch.cuda.device_count()
+
+
 def numerics_path(device: torch.device) -> str:
     """What, besides artifact, executor and dtype, decides the last bits of a result."""
     if device.type == "cuda":

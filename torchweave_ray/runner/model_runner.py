@@ -105,6 +105,9 @@ class ModelRunner:
     def release(self, seq_id: int) -> None:
         self._counts.pop(seq_id, None)
 
+    def check_health(self) -> None:
+        """An error of this process shows in a step."""
+
     def reset(self) -> None:
         """Forget all sequences: a new engine counts them from the start."""
         self._counts.clear()
@@ -116,7 +119,8 @@ class ModelRunner:
 
     def release_memory(self) -> None:
         """Between steps, of no sequence: executor and KV cache are gone until `restore_memory`."""
-        self.close()
+        self.reset()
+        self._kv_cache.close()
         del self._executor, self._sample
 
     def restore_memory(self, executor: Executor, sampler: Sampler) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepOut
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.models.config import ModelConfig
-from torchweave_ray.models.spec import DecoderSpec, Executor, Experts
+from torchweave_ray.models.spec import DecoderSpec, Executor, Experts, Linear
 from torchweave_ray.runner.adapters import AdapterStore
 from torchweave_ray.runner.backends import sampler_of
 from torchweave_ray.runner.device import free_memory, graphs_of, peak_bytes
@@ -33,6 +33,18 @@ _GPU_SHARE = 0.9
 _GREEDY = SamplingParams(temperature=0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerParts:
+    """What is another where several processes compute a model together (parallel/)."""
+
+    free_memory: Callable[[torch.device], int] = free_memory
+    kv_cache: Callable[[KVShape, int, torch.device], KVCache] = KVCache
+    runner: Callable[..., ModelRunner] = ModelRunner
+
+
+_ALONE = RunnerParts()
+
+
 def open_runner(
     executor: Executor,
     spec: DecoderSpec,
@@ -42,24 +54,27 @@ def open_runner(
     device: torch.device,
     store: AdapterStore | None = None,
     bytes_beside: int = 0,
+    parts: RunnerParts = _ALONE,
 ) -> ModelRunner:
     """`bytes_beside`: of KV memory, that each block takes elsewhere, too. Raises ConfigError with
     the numbers when the memory is not there."""
     block_size = config.cache.block_size
     shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, kv_dtype)
-    step_bytes = peak_bytes(lambda: largest_steps(executor, shape, config, model, device), device)
+    step_bytes = peak_bytes(
+        lambda: largest_steps(executor, shape, config, model, device, parts.kv_cache), device
+    )
     block = block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
     size, kv_cache = allocate(
         lambda: size_kv_cache(
             config.cache,
             bytes_beside + block,
-            max(0, free_memory(device) - step_bytes),
+            max(0, parts.free_memory(device) - step_bytes),
             config.scheduler.max_num_seqs,
             config.max_model_len,
             model.max_position_embeddings,
             RAM_SHARE if device.type == "cpu" else _GPU_SHARE,
         ),
-        lambda num_blocks: KVCache(shape, num_blocks, device),
+        lambda num_blocks: parts.kv_cache(shape, num_blocks, device),
     )
     limits = RuntimeLimits(
         size.num_blocks,
@@ -73,7 +88,7 @@ def open_runner(
     graphs = _graphs(executor, spec, config, size, device)
     loaded = {} if store is None else store.loaded
     sampler = sampler_of(executor)
-    return ModelRunner(executor, kv_cache, limits, device, sampler, loaded, graphs)
+    return parts.runner(executor, kv_cache, limits, device, sampler, loaded, graphs)
 
 
 def _graphs(
@@ -83,10 +98,11 @@ def _graphs(
     size: KVSize,
     device: torch.device,
 ) -> DecodeGraphs | None:
-    """Of our Triton kernels, which look at nothing on the host; experts are chosen there."""
+    """Of our Triton kernels, which look at nothing on the host; experts are chosen there. Not of
+    slices: other ranks would have to capture and replay in step with this one."""
     make_graph = graphs_of(device)
     is_capturable = executor.name.startswith("triton") and not any(
-        isinstance(op, Experts) for op in spec.ops
+        isinstance(op, Experts) or (isinstance(op, Linear) and op.is_partial) for op in spec.ops
     )
     if make_graph is None or not is_capturable or not config.runner.decode_graphs:
         return None
@@ -135,6 +151,7 @@ def largest_steps(
     config: EngineConfig,
     model: ModelConfig,
     device: torch.device,
+    make_cache: Callable[[KVShape, int, torch.device], KVCache] = KVCache,
 ) -> None:
     """As many tokens of prompts as a step may have, then as many decodes, at the longest context:
     each with as many rows of logits. All sequences share the blocks of one prompt."""
@@ -145,7 +162,7 @@ def largest_steps(
     lengths += [num_tokens - sum(lengths)] * (num_tokens % chunk > 0)
     blocks = list(range(-(-chunk // shape.block_size)))
     repeated = blocks * -(-longest // (len(blocks) * shape.block_size))
-    cache = KVCache(shape, len(blocks), device)
+    cache = make_cache(shape, len(blocks), device)
     for chunks in (
         [Chunk(_sequence(n, 0, blocks, [0] * n)) for n in lengths],
         [Chunk(_sequence(1, 0, repeated, [0] * longest, longest - 1))] * num_seqs,

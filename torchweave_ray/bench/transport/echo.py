@@ -67,6 +67,9 @@ class EchoRunner:
     def release(self, seq_id: int) -> None:
         """Nothing is kept."""
 
+    def check_health(self) -> None:
+        """Nothing can be wrong."""
+
     def close(self) -> None:
         """Nothing is held."""
 
