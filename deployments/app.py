@@ -101,7 +101,7 @@ def _replica(model: ModelArgs, placement: Placement, args: AppArgs) -> Applicati
             placement.num_cpus, placement.num_gpus, model.accelerator_type
         ),
         **_number(model),
-        **_group(model, placement),
+        **_group(placement),
         max_constructor_retry_count=3,  # a bad artifact stays bad: say so soon
         **({"request_router_config": _router()} if model.router == "prefix" else {}),
         **_options(args.longest_stream_s),
@@ -179,12 +179,12 @@ def _number(model: ModelArgs) -> dict[str, Any]:
     }
 
 
-def _group(model: ModelArgs, placement: Placement) -> dict[str, Any]:
-    if model.placement_group is None:
+def _group(placement: Placement) -> dict[str, Any]:
+    if not placement.bundles:
         return {}
     return {
         "placement_group_bundles": [dict(bundle) for bundle in placement.bundles],
-        "placement_group_strategy": model.placement_group.strategy,
+        "placement_group_strategy": placement.strategy,
     }
 
 

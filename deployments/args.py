@@ -169,6 +169,28 @@ class ModelArgs(StrictModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _place_for_ranks(self) -> ModelArgs:
+        num, group, where = self.num_ranks, self.placement_group, f"model {self.name!r}: "
+        size = f"{where}engine.tensor_parallel_size {num}"
+        if num == 1:
+            return self
+        if self.num_gpus is not None:
+            raise ConfigError(f"{size} gives each rank a GPU: leave num_gpus out")
+        if self.lora is not None:
+            raise ConfigError(f"{size} does not go with lora")
+        if group is not None and len(group.bundles) < num:
+            raise ConfigError(f"{size}, but placement_group.bundles has {len(group.bundles)}")
+        if group is not None and group.strategy != "STRICT_PACK":
+            raise ConfigError(f"{size}: placement_group.strategy must be STRICT_PACK, one node")
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of a replica that compute together."""
+        size: int = self.engine.get("tensor_parallel_size", 1)
+        return size
+
     @property
     def most_replicas(self) -> int:
         return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas

@@ -35,7 +35,9 @@ class Placement:
     replicas_per_device: int
     """That share one GPU, or a node's cores and memory."""
     bundles: tuple[Mapping[str, float], ...] = ()
-    """Of a placement group; the replica has the first one."""
+    """Of a placement group; the replica has the first one, its other ranks the next ones."""
+    strategy: str = "PACK"
+    """Of that group."""
 
 
 def probe_cluster() -> Cluster:
@@ -53,7 +55,7 @@ def place(args: AppArgs, cluster: Cluster) -> list[Placement]:
     """One placement a model."""
     gpu_models = [model for model in args.models if _wants_gpu(model, cluster)]
     cpu_models = [model for model in args.models if model not in gpu_models]
-    num_on_gpu = sum(model.most_replicas for model in gpu_models)
+    num_on_gpu = sum(model.most_replicas * model.num_ranks for model in gpu_models)
     num_on_cpu = sum(model.most_replicas for model in cpu_models)
     gpu_share = _gpu_share(num_on_gpu, cluster)
     per_node = max(1, math.ceil(num_on_cpu / cluster.num_nodes))
@@ -63,6 +65,9 @@ def place(args: AppArgs, cluster: Cluster) -> list[Placement]:
     for model in args.models:
         if model.placement_group is not None:
             placements.append(_in_group(model, model in gpu_models, per_node))
+        elif model.num_ranks > 1:
+            cpus = _cpu_share(model.num_cpus or cpu_share, model.num_ranks)
+            placements.append(_ranks(model, model in gpu_models, cpus, per_node))
         elif model in gpu_models:
             share = model.num_gpus or gpu_share
             placements.append(Placement(model.num_cpus or 1, share, _sharing(share)))
@@ -74,12 +79,33 @@ def place(args: AppArgs, cluster: Cluster) -> list[Placement]:
 def _in_group(model: ModelArgs, on_gpu: bool, per_node: int) -> Placement:
     """The replica takes what its bundle has; Ray looks for an accelerator's kind there too."""
     assert model.placement_group is not None
-    first, *others = model.placement_group.bundles
-    if model.accelerator_type is not None:
-        first = {**first, f"accelerator_type:{model.accelerator_type}": 0.001}
+    first, *others = _of_kind(model, model.placement_group.bundles)
     gpus = (model.num_gpus or first["GPU"]) if on_gpu else 0
     cpus = model.num_cpus or first.get("CPU", 0)
-    return Placement(cpus, gpus, _sharing(gpus) if on_gpu else per_node, (first, *others))
+    sharing = _sharing(gpus) if on_gpu else per_node
+    strategy = model.placement_group.strategy
+    return Placement(cpus, gpus, sharing, (first, *others), strategy)
+
+
+def _ranks(model: ModelArgs, on_gpu: bool, cpu_share: float, per_node: int) -> Placement:
+    """A bundle for each, on one node: a GPU of its own, or its part of the CPUs."""
+    num = model.num_ranks
+    if not on_gpu:
+        return Placement(cpu_share, 0, per_node, ({"CPU": cpu_share},) * num, "STRICT_PACK")
+    cpus = model.num_cpus or 1
+    bundles = _of_kind(model, ({"CPU": cpus, "GPU": 1},) * num)
+    return Placement(cpus, 1, 1, bundles, "STRICT_PACK")
+
+
+def _of_kind(
+    model: ModelArgs, bundles: tuple[dict[str, float], ...]
+) -> tuple[dict[str, float], ...]:
+    """Those of the ranks ask for the accelerator's kind."""
+    if model.accelerator_type is None:
+        return bundles
+    kind = {f"accelerator_type:{model.accelerator_type}": 0.001}
+    num = model.num_ranks
+    return (*(bundle | kind for bundle in bundles[:num]), *bundles[num:])
 
 
 def _sharing(num_gpus: float) -> int:

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.args import DEFAULT_RECIPE, StagingArgs
 from deployments.log import log_through_serve
 from deployments.placement import ReplicaConfig
+from deployments.ranks.actors import RankActors, rank_actors
 from optimizer.task import (
     StagingTask,
     artifact_parts,
@@ -117,20 +118,25 @@ async def load_at_hand(
 ) -> Loaded:
     """All that a replica serves. Raises as `artifact_at_hand` does."""
     async with artifact_at_hand(config, owner, startup_s) as (folder, whole):
+        launcher = rank_actors(config.placement) if config.model.num_ranks > 1 else None
         # In a thread: this loop answers Serve's own probes meanwhile.
-        loaded = await asyncio.to_thread(load_served, config, engine, folder, whole)
+        loaded = await asyncio.to_thread(load_served, config, engine, folder, whole, launcher)
         return loaded, load_tokenizer(folder), read_tokenizer_files(folder)
 
 
 def load_served(
-    config: ReplicaConfig, engine: EngineConfig, folder: Path, whole: NDArray[np.uint8] | None
+    config: ReplicaConfig,
+    engine: EngineConfig,
+    folder: Path,
+    whole: NDArray[np.uint8] | None,
+    launcher: RankActors | None = None,
 ) -> LoadedModel:
     """The replica's model with its adapters, and its draft model, which is staged first. Blocks
     meanwhile."""
     from torchweave_ray.build import load_model
 
     engine = _with_draft_staged(config, engine)
-    return load_model(folder, engine, config.model.name, whole, adapters_of(config))
+    return load_model(folder, engine, config.model.name, whole, adapters_of(config), launcher)
 
 
 def _with_draft_staged(config: ReplicaConfig, engine: EngineConfig) -> EngineConfig:

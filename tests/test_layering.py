@@ -41,7 +41,8 @@ def _rule(may: str | None, never: str) -> Rule:
 
 CONTRACTS = "deadline errors outputs reported sampling_params stream_origin"
 DEPLOYMENTS_MAY = _ours(
-    f"{CONTRACTS} build config api batch metrics tokenizer block_hash engine.async_engine"
+    f"{CONTRACTS} build config api batch metrics tokenizer block_hash engine.async_engine "
+    "parallel.launch parallel.rank"
 ) | {TW + "kernels.machine", "optimizer.task"}
 OPTIMIZER_MAY = _ours("models hf kernels attention errors")
 RULES = {

@@ -1,0 +1,1 @@
+"""Processes of one replica that compute its model together, placed by Ray."""
