@@ -187,7 +187,7 @@ class ModelReplica:
 
     def record_routing_stats(self) -> dict[str, float]:
         """Asked by Serve, for the routers of all ingresses."""
-        return routing_stats(self._engine.snapshot(), self._info.block_size)
+        return routing_stats(self._engine.snapshot())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where the model is autoscaled, for deployments/autoscaling.py."""

@@ -46,7 +46,7 @@ SUSPECT_S = 5.0
 """How long a replica that could not be reached comes last: Serve finds out meanwhile."""
 
 
-def routing_stats(stats: Stats, block_size: int) -> dict[str, float]:
+def routing_stats(stats: Stats) -> dict[str, float]:
     """What a replica reports, so coarse that it seldom changes: every change is sent to every
     ingress."""
     requests = stats.num_running + stats.num_waiting
@@ -55,7 +55,7 @@ def routing_stats(stats: Stats, block_size: int) -> dict[str, float]:
         "requests": requests // step * step,
         "waiting": stats.num_waiting_tokens // 512 * 512,
         "kv": round(stats.kv_usage * 20) / 20,
-        "capacity": stats.num_blocks * block_size,
+        "capacity": stats.num_cacheable_tokens,
         "asleep": stats.num_asleep,
     }
 

@@ -4,6 +4,7 @@ head at a time. No test in here."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,20 @@ BLOCK_SIZE = 4
 NUM_BLOCKS = 40
 MIXED = [(0, 1), (9, 1), (3, 6), (17, 1), (0, 11), (5, 3), (30, 3)]
 """(already computed, new) of each sequence: decodes, drafts, prompt chunks, out of order."""
+
+
+def among_groups(inputs: StepInputs, kv: LayerKV) -> tuple[StepInputs, LayerKV]:
+    """The same as the second of three KV groups; the others have block 0 only."""
+
+    def among(rows: Tensor) -> Tensor:
+        return torch.cat((torch.zeros_like(rows), rows, torch.zeros_like(rows)))
+
+    inputs = replace(
+        inputs,
+        slot_mapping=among(inputs.slot_mapping),
+        block_tables=among(inputs.block_tables),
+    )
+    return inputs, replace(kv, group=1)
 
 
 class Case:

@@ -66,7 +66,7 @@ class _Row:
 
     entry: ScheduledSequence
     tokens: list[int]  # of positions start .. start + num_tokens, and drafts
-    block_table: list[int]
+    block_tables: list[list[int]]
     allowed: list[Container[int]]  # at each draw
 
 
@@ -89,7 +89,8 @@ class EchoRunner:
     limits: RuntimeLimits
     poisoned_seeds: frozenset[int] = frozenset()
     plans: list[StepPlan] = field(default_factory=list)
-    kv: dict[int, int] = field(default_factory=dict)
+    kv: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By slot: the KV group that wrote it, and the value."""
     last_sampled: dict[int, int] = field(default_factory=dict)
     queue: deque[EchoStep] = field(default_factory=deque)
 
@@ -98,7 +99,7 @@ class EchoRunner:
             _Row(
                 e,
                 [*e.token_ids[e.start : e.start + e.num_tokens], *e.draft_token_ids],
-                list(e.block_table),
+                [list(table) for table in e.block_tables],
                 _allowed(plan, i),
             )
             for i, e in enumerate(plan.sequences)
@@ -168,31 +169,43 @@ class EchoRunner:
 
     def _check_window(self, row: _Row) -> None:
         """The KV that a model with a window would read is still this sequence's own."""
-        if self.limits.kept_positions is None:
+        groups, entry = self.limits.groups, row.entry
+        if not groups.num_sliding:
             return
-        start = row.entry.start
-        for position in range(max(1, start - self.limits.kept_positions + 1), start):
-            token_id = row.entry.token_ids[position]
-            if token_id != IN_FLIGHT:
-                expected = chain(self.kv[self._slot(row, position - 1)], token_id)
-                assert self.kv[self._slot(row, position)] == expected
+        seen = entry.start - groups.kept_blocks * self.limits.block_size + 1
+        for group in range(groups.num):
+            first = 0 if group < groups.num_full else max(0, seen)
+            for position in range(first + 1, entry.start):
+                token_id = entry.token_ids[position]
+                if token_id != IN_FLIGHT:
+                    expected = chain(self._read(row, group, position - 1), token_id)
+                    assert self._read(row, group, position) == expected
 
     def _compute(self, row: _Row) -> list[int]:
         """Write this row's KV, each from the one read back before it."""
         entry = row.entry
+        assert len(row.block_tables) == self.limits.groups.num
         self._check_window(row)
         kvs = []
         for position, token_id in enumerate(row.tokens, entry.start):
             if token_id == IN_FLIGHT:
                 token_id = self.last_sampled[entry.seq_id]
-            previous = self.kv[self._slot(row, position - 1)] if position else 0
+            groups = range(len(row.block_tables))
+            before = {self._read(row, group, position - 1) for group in groups} if position else {0}
+            (previous,) = before
             kvs.append(chain(previous, token_id))
-            self.kv[self._slot(row, position)] = kvs[-1]
+            for group in groups:
+                self.kv[self._slot(row, group, position)] = group, kvs[-1]
         return kvs
 
-    def _slot(self, row: _Row, position: int) -> int:
+    def _read(self, row: _Row, group: int, position: int) -> int:
+        writer, value = self.kv[self._slot(row, group, position)]
+        assert writer == group, "a block of another group"
+        return value
+
+    def _slot(self, row: _Row, group: int, position: int) -> int:
         size = self.limits.block_size
-        return row.block_table[position // size] * size + position % size
+        return row.block_tables[group][position // size] * size + position % size
 
 
 class Unsure(EchoRunner):

@@ -50,7 +50,8 @@ RULES = {
         f"{CONTRACTS} metrics tracing config block_hash tokenizer", "torch transformers"
     ),
     TW + "runner": _rule(
-        f"{CONTRACTS} engine.plan models attention kernels config", "transformers asyncio"
+        f"{CONTRACTS} engine.plan engine.kv_groups models attention kernels config",
+        "transformers asyncio",
     ),
     TW + "parallel": _rule(
         "errors config engine.plan runner models attention kernels", "transformers asyncio"

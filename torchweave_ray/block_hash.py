@@ -34,6 +34,12 @@ def next_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     )
 
 
+def group_hash(block_hash: BlockHash, group: int) -> BlockHash:
+    """Of the same tokens' block in another KV group; group 0 has the hash itself. One flipped byte
+    keeps hashes as far apart as they are."""
+    return BlockHash(block_hash[:-1] + bytes((block_hash[-1] ^ group,))) if group else block_hash
+
+
 def hash_blocks(root: BlockHash, token_ids: Sequence[int], block_size: int) -> list[BlockHash]:
     """Hashes of all full blocks of `token_ids`, first block first."""
     hashes: list[BlockHash] = []

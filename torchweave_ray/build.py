@@ -155,7 +155,7 @@ def _load(
     opened = _open_draft(artifact_dir, config, placement, executor, stages)
     with stages.timed("kv_cache"):
         store = open_adapters(config.lora, adapters, model, executor)
-        beside = 0 if opened is None else opened.block_bytes(placement.block_size)
+        beside = 0 if opened is None else opened.bytes_beside(placement.block_size)
         runner = open_runner(
             *(executor, source.spec, model, config, kv_dtype, device, store, beside),
             parts=source.runner_parts(),

@@ -7,8 +7,10 @@ the served model's threads and KV memory.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 
 import tokenizers
@@ -16,6 +18,7 @@ import torch
 
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.config import EngineConfig
+from torchweave_ray.engine.kv_groups import KVGroups
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.engine.speculation.draft_model import DraftModel
 from torchweave_ray.engine.speculation.drafter import Proposer
@@ -40,7 +43,7 @@ from torchweave_ray.runner.backends import choose_kernels, sampler_of
 from torchweave_ray.runner.device import resolve_dtype, resolve_kv_dtype
 from torchweave_ray.runner.kv_cache import KVCache, KVShape
 from torchweave_ray.runner.model_runner import ModelRunner
-from torchweave_ray.runner.opening import run_first_step
+from torchweave_ray.runner.opening import grouping_of, run_first_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,9 @@ class OpenDraft:
         check_same_tokens(directory, manifest, served, large)
         model = ModelConfig.from_hf(read_hf_config(directory))
         self._spec: DecoderSpec = build_spec(model)
+        self._grouping = grouping_of(model, config)
+        served_groups = grouping_of(ModelConfig.from_hf(read_hf_config(served)), config).groups
+        self._blocks_per_block = _blocks_per_block(self._grouping.groups, served_groups)
         self._eos_token_ids = model.eos_token_ids
         self._max_position_embeddings = model.max_position_embeddings
         self._share = manifest.files[WEIGHTS].size / large.files[WEIGHTS].size
@@ -95,29 +101,38 @@ class OpenDraft:
         self._reopen = reopen
         self._executor = reopen(executor)
 
-    def block_bytes(self, block_size: int) -> int:
-        spec = self._spec
-        return block_bytes(
-            spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, self._kv_dtype
+    def bytes_beside(self, block_size: int) -> int:
+        """Of its KV cache, for each block of the served model's."""
+        spec, num_layers = self._spec, self._grouping.num_layers
+        num_bytes = block_bytes(
+            num_layers, spec.num_kv_heads, spec.head_dim, block_size, self._kv_dtype
         )
+        return math.ceil(num_bytes * self._blocks_per_block)
 
     def start(self, limits: RuntimeLimits, device: torch.device) -> LoadedDraft:
-        """With as many blocks as the served model has by its `limits`: what runs there fits."""
+        """With so many blocks that what runs in the served model by its `limits` fits."""
         spec, executor = self._spec, self._executor
         own = RuntimeLimits(
-            limits.num_blocks,
+            math.ceil(limits.num_blocks * self._blocks_per_block),
             limits.block_size,
             min(limits.max_model_len, self._max_position_embeddings),
             spec.vocab_size,
             self._eos_token_ids,
+            groups=self._grouping.groups,
         )
-        shape = KVShape(
-            spec.num_layers, spec.num_kv_heads, own.block_size, spec.head_dim, self._kv_dtype
-        )
+        heads = spec.num_kv_heads, own.block_size, spec.head_dim, self._kv_dtype
+        shape = KVShape(self._grouping.num_layers, *heads, self._grouping.places)
         cache = KVCache(shape, own.num_blocks, device)
         runner = ModelRunner(executor, cache, own, device, sampler_of(executor))
         run_first_step(runner)
         return LoadedDraft(runner, self._share, self._directory, self._reopen, self._lease)
+
+
+def _blocks_per_block(own: KVGroups, served: KVGroups) -> Fraction:
+    """Of short texts all groups have blocks; of the longest ones those of full groups count. Where
+    the served model has only windows, a draft model that has not may run out and guess less."""
+    short = Fraction(own.num, served.num)
+    return max(short, Fraction(own.num_full, served.num_full)) if served.num_full else short
 
 
 def check_same_tokens(

@@ -249,10 +249,10 @@ class Stats:
     num_running: int = 0
     num_waiting: int = 0
     num_waiting_tokens: int = 0
-    """Tokens that prompts, waiting or partly computed, still have to compute. What the prefix cache
-    had of a waiting one when it was last looked up does not count."""
+    """That prompts still have to compute, less what the prefix cache had when last looked up."""
     num_blocks: int = 0
     num_free_blocks: int = 0  # those no sequence holds; cached ones count as free
+    num_cacheable_tokens: int = 0  # that all blocks hold the KV of, in every layer
     num_steps: int = 0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0

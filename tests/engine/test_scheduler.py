@@ -138,7 +138,7 @@ def test_choices_fork_from_one_computed_prompt() -> None:
     computed = sum(plan.num_tokens for plan in runner.plans)
     assert computed == 50 + 3 + 4 * 5, "the prompt once, its last token for each fork, decodes"
     assert [copy[0] for copy in runner.plans[1].block_copies] == [
-        runner.plans[0].sequences[0].block_table[3]
+        runner.plans[0].sequences[0].block_tables[0][3]
     ] * 3
     texts = ["".join(d.text for o in outputs for d in o.deltas if d.index == i) for i in range(4)]
     assert texts == [expected(request, i, LIMITS.max_model_len).text for i in range(4)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_tiny_artifact
+from torchweave_ray.engine.kv_groups import KVGroups
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepOutput, StepPlan
 from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.registry import build_spec
@@ -52,7 +53,7 @@ def _sequence(seq_id: int, tokens: list[int], start: int, **fields: object) -> S
     values: dict[str, object] = {"sampling": SamplingParams(temperature=0.0), "adapter_id": ""}
     return ScheduledSequence(
         seq_id=seq_id, start=start, num_tokens=len(tokens) - start, token_ids=tokens,
-        num_prompt_tokens=len(PROMPTS[seq_id]), block_table=[1 + seq_id], seed=0,
+        num_prompt_tokens=len(PROMPTS[seq_id]), block_tables=([1 + seq_id], [5 + seq_id]), seed=0,
         **(values | fields),  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -83,14 +84,18 @@ def test_what_fits_and_what_does_not() -> None:
 def test_replayed_decodes_give_the_tokens_of_plain_ones(
     tmp_path: Path, device: torch.device
 ) -> None:
+    """Of a model with two KV groups, whose blocks lie in the same memory."""
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    artifact = make_tiny_artifact(tmp_path, num_hidden_layers=1, **heads)
+    artifact = make_tiny_artifact(tmp_path, num_hidden_layers=2, **heads)
     config = ModelConfig.from_hf(read_hf_config(artifact))
     spec = build_spec(config)
     weights = load_weights(artifact, config, torch.float32, device)
     executor = TorchExecutor(spec, weights, TritonPagedAttention(), TritonOps())
-    limits = RuntimeLimits(8, BLOCK, 64, spec.vocab_size, ())
-    shape = KVShape(1, spec.num_kv_heads, BLOCK, spec.head_dim, torch.float32)
+    groups = KVGroups(1, 1, kept_blocks=5, max_chunk=64, chunk_blocks=5)
+    limits = RuntimeLimits(8, BLOCK, 64, spec.vocab_size, (), groups=groups)
+    shape = KVShape(
+        1, spec.num_kv_heads, BLOCK, spec.head_dim, torch.float32, places=((0, 0), (1, 0))
+    )
     plain = ModelRunner(executor, KVCache(shape, 8, device), limits, device)
     graphs = DecodeGraphs(Ladder(4, 64), Again)
     replayed = ModelRunner(executor, KVCache(shape, 8, device), limits, device, graphs=graphs)
@@ -134,7 +139,10 @@ def test_another_cache_is_captured_anew(device: torch.device) -> None:
 
     executor = GraphExecutor(Sums(), Counted, 4)
     chunks = [Chunk(_sequence(0, [0] * 8, 7)), Chunk(_sequence(1, [0] * 6, 5))]
-    inputs = build_inputs(chunks, BLOCK, device, padding=Padding(4, 2))
+    groups = KVGroups(1, 1, kept_blocks=5, max_chunk=64, chunk_blocks=5)
+    inputs = build_inputs(chunks, BLOCK, device, padding=Padding(4, 2), groups=groups)
+    assert inputs.slots_of(1).tolist() == [5 * BLOCK + 7, 6 * BLOCK + 5, -1, -1]
+    assert inputs.tables_of(1).tolist() == [[5, 0], [6, 0], [0, 0], [0, 0]]
     first, second = (10.0,), (20.0,)
     for kv, expected in ((first, [17.0, 15.0]), (first, [17.0, 15.0]), (second, [27.0, 25.0])):
         logits = executor.forward(inputs, kv)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.attention_case import BLOCK_SIZE, MIXED, Case
+from tests.attention_case import BLOCK_SIZE, MIXED, Case, among_groups
 from tests.parity.paged import Text, make_inputs
 from torchweave_ray.attention.base import (
     AttentionShape,
@@ -36,6 +36,13 @@ LONG = [(0, 1), (130, 1), (0, 20), (64, 1), (100, 25), (127, 2)]
 def test_equals_the_formula(device: torch.device, shape: AttentionShape) -> None:
     case = Case(shape, MIXED).to(device)
     torch.testing.assert_close(case.run(TritonPagedAttention(split=64)), case.expected())
+
+
+def test_a_layer_of_another_kv_group_has_its_own_slots_and_tables(device: torch.device) -> None:
+    case = Case(AttentionShape(6, 2, 10, 0.3, sliding_window=5), MIXED)
+    case.inputs, case.kv = among_groups(case.inputs, case.kv)
+    got = case.to(device).run(TritonPagedAttention(split=64))
+    torch.testing.assert_close(got, case.expected())
 
 
 @pytest.mark.parametrize(("window", "max_splits"), [(None, 32), (70, 2), (None, 1)])

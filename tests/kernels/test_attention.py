@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.attention_case import among_groups
 from torchweave_ray.attention.base import AttentionShape, LayerKV, StepInputs, quantize_kv
 from torchweave_ray.kernels import twin
 from torchweave_ray.kernels.kv_layout import pack_keys, pack_values, unpack_keys, unpack_values
@@ -186,6 +187,23 @@ def test_queries_keys_and_values_equal_the_twin(
             )
         torch.testing.assert_close(native.kv.keys, torchs.kv.keys, **close)
         torch.testing.assert_close(native.kv.values, torchs.kv.values, **close)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES, ids=str)
+def test_a_layer_of_another_kv_group_has_its_own_slots_and_tables(
+    ops: NativeOps, dtype: torch.dtype
+) -> None:
+    shape = _shape(6, 2, 64, window=100)
+    qkv = _randn(sum(n for n, _ in MIXED), 10 * 64)
+    results = []
+    for kernels in (ops, twin):
+        for is_among in (False, True):
+            case = _case(MIXED, shape, 16, dtype)
+            inputs, kv = among_groups(case.inputs, case.kv) if is_among else (case.inputs, case.kv)
+            queries = kernels.rope_kv(qkv, kv, inputs, shape, None)
+            results.append(kernels.attend(queries, kv, inputs, shape))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[2], results[3])
 
 
 def test_int8_codes_are_the_twins_at_every_size_of_number(ops: NativeOps) -> None:

@@ -12,7 +12,7 @@ from tests.echo import EOS, VOCAB, EchoRunner, LetterDetokenizer
 from tests.engine.test_async_engine import SlowRunner, check, running, until
 from tests.engine.test_scheduler import make_engine, make_request, run
 from tests.properties.test_engine_properties import Workload
-from torchweave_ray.block_hash import next_hash, root_hash
+from torchweave_ray.block_hash import group_hash, hash_blocks, root_hash
 from torchweave_ray.config import CacheConfig, SchedulerConfig, StepCost
 from torchweave_ray.engine.admission import PromptPace
 from torchweave_ray.engine.budget import prompt_tokens_per_s
@@ -27,14 +27,19 @@ def cached_tokens(engine: Engine, request: GenerateRequest, token_ids: list[int]
     blocks = engine._scheduler.blocks
     if not blocks._enable_prefix_caching or request.exclusive:
         return 0
-    found = 0
-    parent = root_hash("artifact", request.tenant, request.cache_salt)
-    while found + blocks.block_size < len(token_ids):
-        parent = next_hash(parent, token_ids[found : found + blocks.block_size])
-        if parent not in blocks._pool._by_hash:
-            break
-        found += blocks.block_size
-    return found
+    groups = engine.limits.groups
+    root = root_hash("artifact", request.tenant, request.cache_salt)
+    hashes = hash_blocks(root, token_ids[:-1], blocks.block_size)
+
+    def is_whole(num: int) -> bool:
+        return all(
+            group_hash(each, group) in blocks._pool._by_hash
+            for group in range(groups.num)
+            for each in hashes[groups.num_dropped(num) if group >= groups.num_full else 0 : num]
+        )
+
+    longest = next(num for num in range(len(hashes), -1, -1) if is_whole(num))
+    return longest * blocks.block_size
 
 
 def recount(engine: Engine, tenant: str | None = None) -> int:
@@ -51,7 +56,10 @@ def recount(engine: Engine, tenant: str | None = None) -> int:
             state.needs_prompt_logprobs
         )
         if seq.is_waiting and request.output_kind is not OutputKind.POOLED and not is_scored:
-            is_whole = source is not None and source.num_dropped_blocks == 0
+            behind = engine.limits.groups.num_dropped(
+                seq.num_prompt_tokens // engine.limits.block_size
+            )
+            is_whole = source is not None and source.num_dropped_blocks <= behind
             if is_whole and source.num_submitted_tokens >= seq.num_prompt_tokens - 1:
                 left -= seq.num_prompt_tokens - 1
             else:

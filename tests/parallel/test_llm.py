@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.families import FAMILIES
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.llm import LLM, Completion
@@ -107,6 +108,19 @@ def test_it_sleeps_and_wakes_with_all_ranks(two: LLM) -> None:
     two.sleep()
     assert two.is_sleeping
     assert ids(two.generate(PROMPTS, params)) == before
+
+
+@pytest.mark.slow
+def test_layers_of_two_kv_groups(tmp_path: Path) -> None:
+    artifact = make_tiny_artifact(tmp_path, **FAMILIES["gemma3"])
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    prompts = [[3 + (7 * i + n) % 290 for i in range(n)] for n in (150, 180, 120)]
+    found = []
+    for num_ranks in (1, 2):
+        with LLM(artifact, tensor_parallel_size=num_ranks, runner={"executor": "torch"}) as llm:
+            assert llm._loaded.runner.limits.groups.num == 2
+            found.append(ids(llm.generate(prompts, params)))
+    assert found[0] == found[1]
 
 
 def test_a_model_that_cannot_be_cut_starts_no_process(artifact: Path) -> None:

@@ -120,7 +120,7 @@ def _scheduled(
         num_tokens=num,
         token_ids=token_ids,
         num_prompt_tokens=len(token_ids),
-        block_table=table,
+        block_tables=(table,),
         sampling=PLAIN,
         seed=0,
         **kwargs,

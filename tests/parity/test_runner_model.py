@@ -81,7 +81,7 @@ def _sequence(
         "output": StepOutput.SAMPLE,
     } | kwargs
     return ScheduledSequence(
-        start=start, num_tokens=num, token_ids=token_ids, block_table=table, **values
+        start=start, num_tokens=num, token_ids=token_ids, block_tables=(table,), **values
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.attention_case import BLOCK_SIZE, MIXED, Case
+from tests.attention_case import BLOCK_SIZE, MIXED, Case, among_groups
 from tests.parity.paged import Text, make_inputs
 from torchweave_ray.attention.base import (
     AttentionShape,
@@ -53,6 +53,16 @@ def test_a_crowd_changes_no_row() -> None:
         rows = slice(starts[i], starts[i + 1])
         got = TorchPagedAttention().forward(crowd.queries[rows], crowd.kv, alone, shape)
         torch.testing.assert_close(got, together[rows])
+
+
+def test_a_layer_of_another_kv_group_has_its_own_slots_and_tables() -> None:
+    backend = TorchPagedAttention()
+    case = Case(AttentionShape(6, 2, 16, 0.25, sliding_window=5), MIXED)
+    case.inputs, case.kv = among_groups(case.inputs, case.kv)
+    torch.testing.assert_close(case.run(backend), case.expected())
+    plain = case.kv
+    case.kv = replace(plain, group=0)  # the same step, another group's table
+    assert not case.run(backend).allclose(case.expected(), equal_nan=True)
 
 
 def test_write_kv_touches_its_slots_only() -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.echo import EOS, VOCAB, EchoRunner, Expected, LetterDetokenizer, Unsure, expected
 from torchweave_ray.config import CacheConfig, SchedulerConfig, SpeculationConfig, StepCost
 from torchweave_ray.engine.engine import Engine
+from torchweave_ray.engine.kv_groups import ONE_GROUP, KVGroups
 from torchweave_ray.engine.plan import RuntimeLimits
 from torchweave_ray.engine.speculation.draft_model import DraftModel
 from torchweave_ray.engine.speculation.drafter import Drafter, Wanted
@@ -89,6 +90,17 @@ class Oracle:
         return self._rng.randrange(VOCAB) if self._rng.random() < 0.2 else token_id
 
 
+def random_groups(rng: random.Random, block_size: int, num_blocks: int) -> KVGroups:
+    """Every other time layers that see everything, else some or all that slide; a few tables at
+    most, for a sequence needs a block of each."""
+    num_full, num_sliding = rng.choice([(1, 0)] * 4 + [(0, 1), (1, 1), (1, 2), (2, 1)])
+    if not num_sliding or num_blocks < 2 * (num_full + num_sliding):
+        return ONE_GROUP
+    window, chunk = rng.choice([1, 5, 16]), rng.choice([1, 3, 64])
+    chunk_blocks = -(-2 * chunk // block_size) + 1  # two steps may be in flight
+    return KVGroups(num_full, num_sliding, -(-window // block_size), chunk, chunk_blocks)
+
+
 class Workload:
     """One random engine with random requests, driven to the end."""
 
@@ -99,16 +111,10 @@ class Workload:
         self.now = 1000.0
         block_size = rng.choice([1, 2, 3, 4, 8])
         num_blocks = rng.randint(6, 40)
-        max_model_len = rng.randint(2, min(60, num_blocks * block_size))
-        self.limits = RuntimeLimits(
-            num_blocks,
-            block_size,
-            max_model_len,
-            VOCAB,
-            (EOS,),
-            step_depth=rng.randint(0, 1),
-            kept_positions=random.Random(seed).choice([None, None, 1, 5, 16]),
-        )
+        groups = random_groups(random.Random(seed), block_size, num_blocks)
+        max_model_len = rng.randint(2, min(60, (groups.longest(num_blocks) or 60) * block_size))
+        sizes, step_depth = (num_blocks, block_size, max_model_len), rng.randint(0, 1)
+        self.limits = RuntimeLimits(*sizes, VOCAB, (EOS,), step_depth, groups)
         max_num_seqs = rng.randint(1, 6)
         with_cost = rng.random() < 0.3
         self.config = SchedulerConfig(
@@ -292,6 +298,7 @@ def test_random_workloads_give_what_each_request_gives_alone(batch: int) -> None
 def test_the_workloads_reach_what_they_are_for() -> None:
     """A property that never meets preemption, forks, hits or copies proves nothing."""
     accepted = rejected = preemptions = hits = copies = aborts = depth_one = by_model = 0
+    mixed_hits = 0
     for seed in range(300):
         workload = Workload(seed)
         workload.run()
@@ -301,11 +308,14 @@ def test_the_workloads_reach_what_they_are_for() -> None:
         copies += sum(len(plan.block_copies) for plan in workload.runner.plans)
         aborts += len(workload.aborted)
         depth_one += workload.limits.step_depth
+        is_mixed = workload.limits.groups.num_full and workload.limits.groups.num_sliding
+        mixed_hits += stats.num_prefix_hit_tokens if is_mixed else 0
         accepted += stats.num_accepted_tokens
         rejected += stats.num_draft_tokens - stats.num_accepted_tokens
         is_model = workload.proposer is workload.draft_model
         by_model += stats.num_accepted_tokens if is_model else 0
     assert min(preemptions, hits, copies, aborts, depth_one, accepted, rejected, by_model) > 50
+    assert mixed_hits > 50
 
 
 def test_resuming_at_every_token_gives_the_undisturbed_rest() -> None:

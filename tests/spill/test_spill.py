@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.families import FAMILIES
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
@@ -75,6 +76,29 @@ def test_the_next_process_finds_what_the_last_one_had(
             assert other[0].num_cached_tokens in (0, NUM_FOUND)  # the second time it is known
             half = answers(llm, (*LONG[:100], *LONG[50:150]))
             assert half[0].num_cached_tokens in (96, NUM_FOUND)
+
+
+def test_windows_come_back_with_what_full_layers_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of both kinds of layers: the file has all blocks, those before the hit's window are
+    not read, and a batch that ends before the window gives nothing yet."""
+    model = make_tiny_artifact(tmp_path / "m", dtype=torch.bfloat16, **FAMILIES["gemma3"])
+    with LLM(model, **options(tmp_path / "spill")) as llm:
+        before = answers(llm)
+        assert [each.num_cached_tokens for each in before] == [0, NUM_FOUND]
+        block_bytes = llm._loaded.runner.kv_cache.block_bytes
+        assert llm._loaded.runner.limits.groups.num_sliding == 1
+    for batch in (32 << 20, 5 * block_bytes):
+        monkeypatch.setattr(spill, "_BATCH_BYTES", batch)
+        with LLM(model, **options(tmp_path / "spill")) as llm:
+            after = answers(llm)
+            assert said(after) == said(before)
+            assert [each.num_cached_tokens for each in after] == [NUM_FOUND] * 2
+            assert llm.stats().num_restored_tokens == NUM_FOUND
+            half = answers(llm, (*LONG[:150], *LONG[50:100]))
+            assert half[0].num_cached_tokens in (144, NUM_FOUND)
+            llm._engine.check_integrity()
 
 
 def test_only_its_own_model_finds_it(tmp_path: Path, artifact: Path) -> None:

@@ -6,7 +6,7 @@ mixed. Knows nothing of sequences, requests or scheduling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -29,11 +29,11 @@ class StepInputs:
 
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64: block_id * block_size + offset, where the token's KV goes
-    # (negative for padding, which goes nowhere; triton_paged only)
+    slot_mapping: Tensor  # [G * T] int64: block_id * block_size + offset, where the token's KV goes
+    # (negative for padding, which goes nowhere; triton_paged only), for each of G KV groups
     query_start_loc: Tensor  # [S + 1] int32: sequence s owns tokens [s] .. [s + 1]
     seq_lens: Tensor  # [S] int32: positions in the cache after this step
-    block_tables: Tensor  # [S, max_blocks] int32, rows padded with 0
+    block_tables: Tensor  # [G * S, max_blocks] int32, rows padded with 0, group by group
     logit_rows: Tensor  # [R] int64: indices into T
     max_query_len: int
     max_seq_len: int
@@ -43,6 +43,18 @@ class StepInputs:
     """Sequences at the end that stand for nothing, one token each."""
     packed: tuple[Tensor, Tensor] | None = None
     """Of a padded batch: all int64 and all int32 tensors above, in one piece each."""
+
+    def slots_of(self, group: int) -> Tensor:
+        """[T] of a KV group."""
+        return _part(self.slot_mapping, group, self.input_ids.shape[0])
+
+    def tables_of(self, group: int) -> Tensor:
+        """[S, max_blocks] of a KV group."""
+        return _part(self.block_tables, group, self.seq_lens.shape[0])
+
+
+def _part(rows: Tensor, group: int, num: int) -> Tensor:
+    return rows if rows.shape[0] == num else rows[group * num : (group + 1) * num]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,8 @@ class LayerKV:
     values: Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
     key_scales: Tensor | None = None  # [num_blocks, num_kv_heads, block_size] float32
     value_scales: Tensor | None = None
+    group: int = field(default=0, kw_only=True)
+    """Whose slots and block tables of a step it is written and read by."""
 
 
 @dataclass(frozen=True, slots=True)

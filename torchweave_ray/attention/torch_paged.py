@@ -48,16 +48,16 @@ class TorchPagedAttention:
 
     def __init__(self) -> None:
         self._inputs: StepInputs | None = None
-        self._slots: dict[tuple[int, int], Tensor] = {}
+        self._slots: dict[tuple[int, int, int], Tensor] = {}
         self._groups: dict[tuple[object, ...], list[_Group]] = {}
 
     def write_kv(self, keys: Tensor, values: Tensor, kv: LayerKV, inputs: StepInputs) -> None:
         """Put this step's keys and values, [T, num_kv_heads, head_dim], into their slots."""
         self._begin(inputs)
         _, num_kv_heads, block_size, head_dim = kv.keys.shape
-        key = (num_kv_heads, block_size)
+        key = (kv.group, num_kv_heads, block_size)
         if key not in self._slots:
-            self._slots[key] = _slot_rows(inputs.slot_mapping, num_kv_heads, block_size)
+            self._slots[key] = _slot_rows(inputs.slots_of(kv.group), num_kv_heads, block_size)
         rows = self._slots[key]
         pairs = ((kv.keys, kv.key_scales, keys), (kv.values, kv.value_scales, values))
         for cache, scales, new in pairs:
@@ -73,9 +73,11 @@ class TorchPagedAttention:
         """Causal attention of queries [T, num_heads, head_dim] -> [T, num_heads, head_dim]."""
         self._begin(inputs)
         block_size = kv.keys.shape[2]
-        key = (shape.num_heads, shape.num_kv_heads, shape.sliding_window, block_size, queries.dtype)
+        heads = shape.num_heads, shape.num_kv_heads
+        key = (kv.group, *heads, shape.sliding_window, block_size, queries.dtype)
         if key not in self._groups:
-            self._groups[key] = _group(inputs, shape, block_size, queries.dtype)
+            tables = inputs.tables_of(kv.group)
+            self._groups[key] = _group(inputs, tables, shape, block_size, queries.dtype)
         out = torch.empty_like(queries)
         for group in self._groups[key]:
             out[group.rows] = _attend(queries[group.rows], kv, group, shape)
@@ -130,9 +132,14 @@ def _slot_rows(slot_mapping: Tensor, num_kv_heads: int, block_size: int) -> Tens
 
 
 def _group(
-    inputs: StepInputs, shape: AttentionShape, block_size: int, dtype: torch.dtype
+    inputs: StepInputs,
+    tables: Tensor,
+    shape: AttentionShape,
+    block_size: int,
+    dtype: torch.dtype,
 ) -> list[_Group]:
-    """The sequences of a step by number of new tokens. On a GPU this waits for the device once."""
+    """The sequences of a step by number of new tokens. `tables`: [S, max_blocks]. On a GPU this
+    waits for the device once."""
     starts = inputs.query_start_loc.tolist()
     seq_lens = inputs.seq_lens.tolist()
     by_length: dict[int, list[int]] = {}
@@ -140,13 +147,14 @@ def _group(
         if end > start:
             by_length.setdefault(end - start, []).append(s)
     return [
-        _make_group(inputs, shape, block_size, dtype, n, members, starts, seq_lens)
+        _make_group(inputs, tables, shape, block_size, dtype, n, members, starts, seq_lens)
         for n, members in by_length.items()
     ]
 
 
 def _make_group(
     inputs: StepInputs,
+    tables: Tensor,
     shape: AttentionShape,
     block_size: int,
     dtype: torch.dtype,
@@ -163,7 +171,7 @@ def _make_group(
         first_rows = torch.tensor([starts[s] for s in members], device=device)
         rows = (first_rows[:, None] + torch.arange(n, device=device)).flatten()
 
-    tables = inputs.block_tables.index_select(0, member_ids)[:, None, :num_blocks].long()
+    tables = tables.index_select(0, member_ids)[:, None, :num_blocks].long()
     heads = torch.arange(shape.num_kv_heads, device=device)[:, None]
     blocks = (tables * shape.num_kv_heads + heads).flatten()
 

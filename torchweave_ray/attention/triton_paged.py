@@ -44,7 +44,7 @@ class TritonPagedAttention:
         key_scales, value_scales = scales_of(kv)
         write_kv[(num_tokens, num_kv_heads)](
             _rows(keys), _rows(values), kv.keys, kv.values, key_scales, value_scales,
-            inputs.slot_mapping, *_rows(keys).stride()[:2], *_rows(values).stride()[:2],
+            inputs.slots_of(kv.group), *_rows(keys).stride()[:2], *_rows(values).stride()[:2],
             num_kv_heads, head_dim, triton.next_power_of_2(head_dim), kv.keys.shape[2],
             kv.key_scales is not None,
             num_warps=1,
@@ -93,11 +93,12 @@ class TritonPagedAttention:
         if num_splits is None:
             num_tiles = queries.shape[0] // (num_rows // group_size) + num_seqs
             grid = (num_tiles, num_kv_heads, 1)
+        tables = inputs.tables_of(kv.group)
         window, short_len = shape.sliding_window, short_rows // group_size
         attend[grid](
             out, parts, part_sums, queries, kv.keys, kv.values, *scales_of(kv),
-            inputs.query_start_loc, inputs.seq_lens, inputs.block_tables, num_seqs,
-            num_splits or 1, inputs.block_tables.stride(0), *queries.stride()[:2], shape.scale,
+            inputs.query_start_loc, inputs.seq_lens, tables, num_seqs,
+            num_splits or 1, tables.stride(0), *queries.stride()[:2], shape.scale,
             shape.soft_cap or 1.0, window or 0, num_heads, num_kv_heads, head_dim, dim_pad,
             kv.keys.shape[2], num_rows, tile, self._split, self._max_splits, short_len,
             num_splits is not None, in_parts, window is not None, shape.soft_cap is not None,

@@ -65,7 +65,7 @@ class VarlenAttention:
             window_size=(window, 0),
             enable_gqa=shape.num_heads != shape.num_kv_heads,
             seqused_k=inputs.seq_lens,
-            block_table=inputs.block_tables,
+            block_table=inputs.tables_of(kv.group),
         )
         assert isinstance(attended, Tensor)
         return attended

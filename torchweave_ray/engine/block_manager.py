@@ -6,10 +6,11 @@ Knows blocks and sequences, not steps' budgets or who goes first.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from itertools import islice, takewhile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 
-from torchweave_ray.block_hash import BlockHash, next_hash
+from torchweave_ray.block_hash import BlockHash, group_hash, next_hash
 from torchweave_ray.config import CacheConfig
 from torchweave_ray.engine.block_pool import BlockPool
 from torchweave_ray.engine.plan import RuntimeLimits
@@ -17,10 +18,23 @@ from torchweave_ray.engine.sequence import Sequence
 from torchweave_ray.outputs import OutputKind
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Blocks that hold a sequence's start already, not acquired yet."""
+
+    num_blocks: int = 0
+    """Of each table."""
+    num_dropped: int = 0
+    """Of these in sliding groups: the first ones, which are not there."""
+    tables: tuple[list[int], ...] = ()
+    partial: tuple[int, ...] = ()
+    """One of each group, to be copied: a fork's source has more than full blocks."""
+
+
 class BlockManager:
     def __init__(self, limits: RuntimeLimits, cache: CacheConfig) -> None:
         self.block_size = limits.block_size
-        self._kept_positions = limits.kept_positions
+        self._groups = limits.groups
         self._enable_prefix_caching = cache.enable_prefix_caching
         self._watermark_blocks = int(limits.num_blocks * cache.watermark)
         self._pool = BlockPool(limits.num_blocks)
@@ -29,6 +43,10 @@ class BlockManager:
     @property
     def num_blocks(self) -> int:
         return self._pool.num_blocks
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        return self._pool.num_blocks // self._groups.num * self.block_size
 
     @property
     def num_free_blocks(self) -> int:
@@ -49,59 +67,54 @@ class BlockManager:
         """Released, but a step in flight still writes to them."""
         return sum(len(blocks) for _, blocks in self._fenced)
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+    def num_positions(self, seq: Sequence) -> int:
+        """That its tables have room for."""
+        return _length(seq) * self.block_size
 
-    def shared_prefix(self, seq: Sequence) -> tuple[list[int], int | None]:
-        """Blocks that hold the sequence's start already, not acquired yet.
+    def num_held(self, seq: Sequence) -> int:
+        """Blocks of all groups."""
+        return self._groups.num * _length(seq) - self._groups.num_sliding * seq.num_dropped_blocks
 
-        The second value is a partial block to be copied: a fork's source has more than full
-        blocks. At least one token is left to compute: its logits are wanted.
-        """
+    def num_missing(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks that its tables lack for `num_tokens` positions."""
+        return self._groups.num * max(0, self._num_blocks_for(num_tokens) - _length(seq))
+
+    def shared_prefix(self, seq: Sequence) -> Prefix:
+        """At least one token is left to compute: its logits are wanted."""
         request = seq.state.request
         # Cached positions give no logits: a prompt is scored by computing it once.
         is_scored = request.output_kind is OutputKind.PROMPT_LOGPROBS
         is_unknown = is_scored and seq.state.needs_prompt_logprobs
         if request.exclusive or request.output_kind is OutputKind.POOLED or is_unknown:
-            return [], None
-        source, end = seq.fork_source, seq.num_prompt_tokens - 1
-        is_whole = source is not None and source.num_dropped_blocks == 0
-        if source is not None and is_whole and source.num_submitted_tokens >= end:
-            full, rest = divmod(end, self.block_size)
-            return source.block_table[:full], source.block_table[full] if rest else None
-        return self._match_prefix(seq), None
+            return Prefix()
+        return self._of_fork_source(seq) or self._cached_prefix(seq)
 
     def num_shared_tokens(self, seq: Sequence) -> int:
         """Tokens that `shared_prefix` saves it from computing."""
-        blocks, partial = self.shared_prefix(seq)
-        if partial is not None:
-            return seq.num_prompt_tokens - 1
-        return len(blocks) * self.block_size
+        prefix = self.shared_prefix(seq)
+        return seq.num_prompt_tokens - 1 if prefix.partial else prefix.num_blocks * self.block_size
 
-    def sought_hashes(self, seq: Sequence) -> list[BlockHash]:
-        """Hashes of what `shared_prefix` looks for in the cache; []: it does not."""
+    def sought(self, seq: Sequence, is_stored: Callable[[BlockHash], bool]) -> list[BlockHash]:
+        """Hashes of the blocks that `shared_prefix` would take if the cache had, besides its own,
+        those that `is_stored` says."""
         request = seq.state.request
         is_sought = request.output_kind is OutputKind.TOKENS and not request.exclusive
         if not is_sought or not self._enable_prefix_caching or seq.fork_source is not None:
             return []
-        return [
-            self._block_hash(seq, index)
-            for index in range((len(seq.token_ids) - 1) // self.block_size)
-        ]
+        num = self._num_found(seq, lambda each: self.is_cached(each) or is_stored(each))
+        return [each for _, hashes in self._hashes_of(seq, num) for each in hashes]
 
-    def num_cached_blocks(self, hashes: list[BlockHash]) -> int:
-        """Of the first ones."""
-        cached = takewhile(lambda each: self._pool.lookup(each) is not None, hashes)
-        return sum(1 for _ in cached)
+    def is_cached(self, block_hash: BlockHash) -> bool:
+        return self._pool.lookup(block_hash) is not None
 
     def cached(self, limit: int) -> Iterator[tuple[BlockHash, int]]:
         """Blocks that nobody holds, the last used ones first."""
         return islice(self._pool.cached(), limit)
 
-    def adopt(self, seq: Sequence, hashes: list[BlockHash]) -> list[int]:
-        """Blocks for content that follows what the cache has of a sequence, as many as there are
-        to spare: the caller fills them. They are cached as if it had just released them."""
-        held = self._match_prefix(seq)
+    def adopt(self, hashes: list[BlockHash], sought: list[BlockHash]) -> list[int]:
+        """Blocks for content that the cache lacks, as many as there are to spare beside what it has
+        of `sought`: the caller fills them. They are cached as if just released."""
+        held = [block for block in map(self._pool.lookup, sought) if block is not None]
         for block in held:
             self._pool.acquire(block)
         blocks = [self._pool.allocate() for _ in hashes[: self.num_spare_blocks]]
@@ -110,59 +123,55 @@ class BlockManager:
         self._release([*held, *blocks][::-1])
         return blocks
 
-    def _match_prefix(self, seq: Sequence) -> list[int]:
-        if not self._enable_prefix_caching:
-            return []
-        blocks: list[int] = []
-        for index in range((len(seq.token_ids) - 1) // self.block_size):
-            block = self._pool.lookup(self._block_hash(seq, index))
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
-
-    def num_blocks_taken(self, shared: list[int], num_tokens: int) -> int:
-        """Free blocks used up by a table of `num_tokens` that starts with `shared` ones."""
-        revived = sum(self._pool.is_free(block) for block in shared)
-        return self.num_blocks_for(num_tokens) - len(shared) + revived
+    def num_blocks_taken(self, prefix: Prefix, num_tokens: int) -> int:
+        """Free blocks used up by tables of `num_tokens` that start with shared ones."""
+        num = self._num_blocks_for(num_tokens)
+        needed = self._groups.num_needed(num, prefix.num_blocks, prefix.num_dropped)
+        return needed + sum(map(self._pool.is_free, self._held(prefix.tables, prefix.num_dropped)))
 
     def num_admissible_blocks(self, running: list[Sequence]) -> int:
         """Free blocks less the watermark and what running prompts still need to be whole."""
         if not running:
             return self._pool.num_free
         unallocated = sum(
-            self.num_blocks_for(len(seq.token_ids)) - len(seq.block_table)
+            self._groups.num_needed(
+                self._num_blocks_for(len(seq.token_ids)), _length(seq), seq.num_dropped_blocks
+            )
             for seq in running
             if seq.num_remaining_tokens > 1
         )
         return self._pool.num_free - self._watermark_blocks - unallocated
 
-    def share(self, seq: Sequence, blocks: list[int]) -> None:
-        """Start an empty table with blocks that others hold or that are cached."""
-        assert not seq.block_table, "sharing comes first"
-        for block in blocks:
+    def share(self, seq: Sequence, prefix: Prefix) -> list[tuple[int, int]]:
+        """Start empty tables with blocks that others hold or that are cached. Returns what is to be
+        copied into a fork's own blocks for the last, partial part of its prompt."""
+        assert not seq.block_tables, "sharing comes first"
+        for block in self._held(prefix.tables, prefix.num_dropped):
             self._pool.acquire(block)
-        seq.block_table.extend(blocks)
-        seq.num_computed_tokens = len(blocks) * self.block_size
-
-    def copy_partial(self, seq: Sequence) -> int:
-        """A block of its own for the last, partial prompt block of a fork; returns its id."""
+        seq.block_tables = tuple(list(table) for table in prefix.tables)
+        seq.num_dropped_blocks = prefix.num_dropped
+        seq.num_computed_tokens = prefix.num_blocks * self.block_size
+        if not prefix.partial:
+            return []
         assert self.grow(seq, seq.num_computed_tokens + 1)
         seq.num_computed_tokens = seq.num_prompt_tokens - 1
-        return seq.block_table[-1]
+        return [(a, table[-1]) for a, table in zip(prefix.partial, seq.block_tables, strict=True)]
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Extend the table to hold `num_tokens` positions; False, and nothing done, if it can't."""
-        missing = self.num_blocks_for(num_tokens) - len(seq.block_table)
+        """Extend the tables to hold `num_tokens` positions; False, nothing done, if it can't."""
+        missing = self.num_missing(seq, num_tokens)
         if missing > self._pool.num_free:
             return False
-        seq.block_table.extend(self._pool.allocate() for _ in range(missing))
+        if missing:
+            seq.block_tables = seq.block_tables or tuple([] for _ in range(self._groups.num))
+            for table in seq.block_tables:
+                table.extend(self._pool.allocate() for _ in range(missing // self._groups.num))
         return True
 
     def grow_spare(self, seq: Sequence, num_tokens: int) -> bool:
         """The same for tokens that may come to nothing: only from what is beyond the watermark."""
-        missing = self.num_blocks_for(num_tokens) - len(seq.block_table)
-        is_spare = missing <= 0 or missing + self._watermark_blocks <= self._pool.num_free
+        missing = self.num_missing(seq, num_tokens)
+        is_spare = missing == 0 or missing + self._watermark_blocks <= self._pool.num_free
         return is_spare and self.grow(seq, num_tokens)
 
     def commit(self, seq: Sequence, old_end: int, new_end: int) -> None:
@@ -170,22 +179,24 @@ class BlockManager:
         of those that fell out of the window: steps in flight begin at new_end."""
         if self._enable_prefix_caching and not seq.state.request.exclusive:
             self._publish(seq, old_end, new_end)
-        if self._kept_positions is not None:
-            num_dropped = max(0, new_end - self._kept_positions) // self.block_size
-            self._release(seq.block_table[seq.num_dropped_blocks : num_dropped])
-            seq.num_dropped_blocks = max(num_dropped, seq.num_dropped_blocks)
+        num_dropped = self._groups.num_dropped(new_end // self.block_size)
+        if num_dropped > seq.num_dropped_blocks:
+            for table in seq.block_tables[self._groups.num_full :]:
+                self._release(table[seq.num_dropped_blocks : num_dropped])
+            seq.num_dropped_blocks = num_dropped
 
     def _publish(self, seq: Sequence, old_end: int, new_end: int) -> None:
         for index in range(old_end // self.block_size, new_end // self.block_size):
-            self._pool.commit(seq.block_table[index], self._block_hash(seq, index))
+            for group, table in enumerate(seq.block_tables):
+                self._pool.commit(table[index], group_hash(self._block_hash(seq, index), group))
 
     def release(self, seq: Sequence, fence: int | None) -> None:
-        """Empty the table, tail first so that eviction keeps prefixes.
+        """Empty the tables, tail first so that eviction keeps prefixes.
 
         `fence`: number of a step in flight that still writes here; None: there is none.
         """
-        blocks = seq.block_table[seq.num_dropped_blocks :][::-1]
-        seq.block_table = []  # a new list: plans in flight keep the old one
+        blocks = list(self._held(seq.block_tables, seq.num_dropped_blocks))[::-1]
+        seq.block_tables = ()  # new lists will come: plans in flight keep the old ones
         seq.num_computed_tokens = seq.num_submitted_tokens = seq.num_dropped_blocks = 0
         if fence is None:
             self._release(blocks)
@@ -201,15 +212,63 @@ class BlockManager:
             self._release(self._fenced.popleft()[1])
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        holders = Counter(
-            block for seq in sequences for block in seq.block_table[seq.num_dropped_blocks :]
-        )
-        holders.update(block for _, blocks in self._fenced for block in blocks)
+        holders: Counter[int] = Counter()
+        for seq in sequences:
+            assert len({len(table) for table in seq.block_tables}) <= 1, "tables of two lengths"
+            holders.update(self._held(seq.block_tables, seq.num_dropped_blocks))
+        holders.update(chain.from_iterable(blocks for _, blocks in self._fenced))
         self._pool.check_integrity(holders)
 
-    def _release(self, blocks: list[int]) -> None:
-        for block in blocks:
-            self._pool.release(block)
+    def _of_fork_source(self, seq: Sequence) -> Prefix | None:
+        """All of the prompt but its last token; None: nobody has it."""
+        source, end = seq.fork_source, seq.num_prompt_tokens - 1
+        if source is None or source.num_submitted_tokens < end:
+            return None
+        if source.num_dropped_blocks > self._groups.num_dropped((end + 1) // self.block_size):
+            return None  # it went on, and its window with it
+        full, rest = divmod(end, self.block_size)
+        return Prefix(
+            full,
+            max(source.num_dropped_blocks, self._groups.num_dropped(full)),
+            tuple(table[:full] for table in source.block_tables),
+            tuple(table[full] for table in source.block_tables) if rest else (),
+        )
+
+    def _cached_prefix(self, seq: Sequence) -> Prefix:
+        num = self._num_found(seq, self.is_cached) if self._enable_prefix_caching else 0
+        tables = (
+            [0] * first + [block for block in map(self._pool.lookup, hashes) if block is not None]
+            for first, hashes in self._hashes_of(seq, num)
+        )
+        return Prefix(num, self._groups.num_dropped(num), tuple(tables))
+
+    def _num_found(self, seq: Sequence, is_there: Callable[[BlockHash], bool]) -> int:
+        """Blocks of the longest start that a sequence can go on from: full groups need all of it,
+        sliding ones what is not behind the window then."""
+        groups = self._groups
+        full, sliding = range(groups.num_full), range(groups.num_full, groups.num)
+
+        def is_whole(index: int, groups: range) -> bool:
+            block_hash = self._block_hash(seq, index)
+            return all(is_there(group_hash(block_hash, group)) for group in groups)
+
+        most = (len(seq.token_ids) - 1) // self.block_size
+        end = 0 if full else most
+        while end < most and full and is_whole(end, full):
+            end += 1
+        first = end if sliding else 0
+        while first > groups.num_dropped(end):
+            first -= 1
+            if not is_whole(first, sliding):
+                end = first
+        return end
+
+    def _hashes_of(self, seq: Sequence, num: int) -> Iterator[tuple[int, list[BlockHash]]]:
+        """For each group the blocks of a start of `num`: where they begin, and their hashes."""
+        for group in range(self._groups.num):
+            first = 0 if group < self._groups.num_full else self._groups.num_dropped(num)
+            hashes = (self._block_hash(seq, index) for index in range(first, num))
+            yield first, [group_hash(each, group) for each in hashes]
 
     def _block_hash(self, seq: Sequence, index: int) -> BlockHash:
         hashes = seq.block_hashes
@@ -218,3 +277,20 @@ class BlockManager:
             parent = hashes[-1] if hashes else seq.root_hash
             hashes.append(next_hash(parent, seq.token_ids[start : start + self.block_size]))
         return hashes[index]
+
+    def _held(self, tables: tuple[list[int], ...], num_dropped: int) -> Iterator[int]:
+        """The first positions' blocks first."""
+        full = tables[: self._groups.num_full]
+        for index in range(len(tables[0]) if tables else 0):
+            yield from (table[index] for table in (full if index < num_dropped else tables))
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._pool.release(block)
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+def _length(seq: Sequence) -> int:
+    return len(seq.block_tables[0]) if seq.block_tables else 0

@@ -176,13 +176,13 @@ class _Room:
         if self._num_wanted:
             return None  # memory is made for the first only: the next step sees what is left
         blocks = scheduler.blocks
-        shared, _ = blocks.shared_prefix(seq)
-        needed = blocks.num_blocks_taken(shared, len(seq.token_ids))
+        prefix = blocks.shared_prefix(seq)
+        needed = blocks.num_blocks_taken(prefix, len(seq.token_ids))
         there = blocks.num_admissible_blocks(running) + blocks.num_fenced_blocks
         if needed <= there:
             return None
         most = blocks.num_blocks
-        return _victim(running, self._name, needed, share, share_of, most, _num_blocks)
+        return _victim(running, self._name, needed, share, share_of, most, blocks.num_held)
 
     def take(self, seq: Sequence) -> bool:
         """Count it in, if it may begin in this step; False: nor may any behind it."""
@@ -219,7 +219,3 @@ def _victim(
 
 def _slot(seq: Sequence) -> int:
     return 1
-
-
-def _num_blocks(seq: Sequence) -> int:
-    return len(seq.block_table) - seq.num_dropped_blocks

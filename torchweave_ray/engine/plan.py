@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from torchweave_ray.engine.kv_groups import ONE_GROUP, KVGroups
 from torchweave_ray.outputs import TokenLogprobs
 from torchweave_ray.sampling_params import SamplingParams
 
@@ -48,7 +49,8 @@ class ScheduledSequence:
     num_tokens: int
     token_ids: Sequence[int]
     num_prompt_tokens: int
-    block_table: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+    """One for each KV group."""
     sampling: SamplingParams
     seed: int
     """Already includes the choice's index."""
@@ -110,8 +112,7 @@ class RuntimeLimits:
     eos_token_ids: tuple[int, ...]
     step_depth: int = 0
     """Steps that may be in flight beside the one being scheduled: 0 or 1."""
-    kept_positions: int | None = None
-    """Positions before a sequence's last so many are never read again; None: all may be."""
+    groups: KVGroups = ONE_GROUP
 
 
 class PendingStep(Protocol):

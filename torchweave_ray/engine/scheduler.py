@@ -126,7 +126,7 @@ class Scheduler:
         self.waiting.check_integrity()
         for seq in self.running:
             assert seq.num_computed_tokens <= len(seq.token_ids)
-            assert len(seq.block_table) * self.limits.block_size >= seq.num_computed_tokens
+            assert self.blocks.num_positions(seq) >= seq.num_computed_tokens
         assert len(self.running) <= self.config.max_num_seqs
         self.blocks.check_integrity(self.running)
 
@@ -195,19 +195,17 @@ class Scheduler:
             return True  # others need not wait for its adapter, or its blocks from the disk
         if len(self.running) >= self.config.max_num_seqs:
             return False
-        shared, partial = self.blocks.shared_prefix(seq)
-        needed = self.blocks.num_blocks_taken(shared, len(seq.token_ids))
+        prefix = self.blocks.shared_prefix(seq)
+        needed = self.blocks.num_blocks_taken(prefix, len(seq.token_ids))
         if needed > self.blocks.num_admissible_blocks(self.running):
             return False
-        start = len(shared) * self.limits.block_size
+        start = prefix.num_blocks * self.limits.block_size
         if not step.budget.chunk(start, len(seq.token_ids) - start):
             return False
         self._leave_queue(seq)
         seq.status = SequenceStatus.RUNNING
         self.running.append(seq)
-        self.blocks.share(seq, shared)
-        if partial is not None:
-            step.copies.append((partial, self.blocks.copy_partial(seq)))
+        step.copies += self.blocks.share(seq, prefix)
         self._note_admission(seq, start)
         self._schedule_chunk(seq, step)
         return True
@@ -232,7 +230,7 @@ class Scheduler:
     def _grow(self, seq: Sequence, num_tokens: int, step: StepBuilder) -> bool:
         """Blocks for `num_tokens`, preempting the most junior sequences not in the step yet."""
         while not self.blocks.grow(seq, num_tokens):
-            missing = self.blocks.num_blocks_for(num_tokens) - len(seq.block_table)
+            missing = self.blocks.num_missing(seq, num_tokens)
             if self.blocks.num_free_blocks + self.blocks.num_fenced_blocks >= missing:
                 return False  # they come free when the step in flight is done
             victims = [s for s in self.running if s.seq_id not in step.seq_ids]

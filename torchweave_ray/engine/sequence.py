@@ -60,7 +60,7 @@ class RequestState:
 
 
 class Sequence:
-    """One token stream: prompt and output in `token_ids`, KV of a prefix in `block_table`.
+    """One token stream: prompt and output in `token_ids`, KV of a prefix in `block_tables`.
 
     `num_computed_tokens` counts positions whose KV exists once the submitted steps are done.
     The last of `token_ids` is `IN_FLIGHT` while a submitted step still draws it.
@@ -69,7 +69,7 @@ class Sequence:
     __slots__ = (
         "arrival_step",
         "block_hashes",
-        "block_table",
+        "block_tables",
         "drafts",
         "epoch",
         "error",
@@ -114,10 +114,10 @@ class Sequence:
         """Of the computed ones, those of steps submitted already: a block copy may read them."""
         self.num_shared_tokens = 0
         """Of a waiting one: what `BlockManager.shared_prefix` had for it when last asked."""
-        self.num_sought_blocks = 0  # of its first ones, which were looked for on the disk
-        self.block_table: list[int] = []
+        self.num_sought_blocks = 0  # that the cache had, or the disk was asked for
+        self.block_tables: tuple[list[int], ...] = ()  # one for each KV group, equally long
         self.num_dropped_blocks = 0
-        """The first ones of the table: out of the window and others' by now, never read again."""
+        """The first ones of sliding groups: others' by now, never read again."""
         self.block_hashes: list[BlockHash] = []
         """Hashes of the first full blocks of `token_ids`, extended as they are needed."""
         owner = request.cache_group or request.tenant

@@ -38,7 +38,8 @@ class StepBuilder:
         start = seq.num_computed_tokens
         if seq.num_remaining_tokens == 1:
             return start + 1
-        end = start + self.budget.chunk(start, seq.num_remaining_tokens)
+        wanted = min(seq.num_remaining_tokens, self._limits.groups.max_chunk)
+        end = start + self.budget.chunk(start, wanted)
         if seq.state.request.output_kind is OutputKind.PROMPT_LOGPROBS:
             last = seq.num_prompt_tokens - 1
             if start < last:  # the last prompt token goes alone: it samples
@@ -59,7 +60,7 @@ class StepBuilder:
             num_tokens=end - start,
             token_ids=seq.token_ids,
             num_prompt_tokens=seq.num_prompt_tokens,
-            block_table=seq.block_table,
+            block_tables=seq.block_tables,
             sampling=seq.state.request.sampling,
             seed=seq.seed,
             output=output,

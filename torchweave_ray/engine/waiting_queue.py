@@ -70,4 +70,4 @@ class WaitingQueue:
         assert self.num_tokens == sum(seq.num_missing_tokens for seq in self)
         assert self.num_remaining_tokens == sum(seq.num_remaining_tokens for seq in self)
         for seq in self:
-            assert not seq.block_table, f"sequence {seq.seq_id} waits with blocks"
+            assert not seq.block_tables, f"sequence {seq.seq_id} waits with blocks"

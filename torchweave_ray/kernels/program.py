@@ -155,6 +155,9 @@ class Program:
             addresses = (ctypes.c_void_p * len(kv))(*(t.data_ptr() for t in tensors if is_there))
             setattr(self._step, name, ctypes.addressof(addresses) if is_there else None)
             self._pointers.append(addresses)
+        groups = (ctypes.c_int32 * len(kv))(*(layer.group for layer in kv))
+        self._step.kv_groups = ctypes.addressof(groups)
+        self._pointers.append(groups)
         self._step.block_size = kv[0].keys.shape[2] if kv else SUB
         assert self._step.block_size % SUB == 0
         self._kv = kv

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from torchweave_ray.kernels.quantization import Format
 
-ABI = 4
+ABI = 5
 PANEL = 32
 BLOCK_BYTES = 40
 """Of 32 quantised activations: their codes, scale and offset."""
@@ -80,6 +80,7 @@ class Step(ctypes.Structure):
         ("seq_lens", c_void_p),
         ("block_tables", c_void_p),
         ("block_table_stride", c_int64),
+        ("kv_groups", c_void_p),
         ("logit_rows", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),

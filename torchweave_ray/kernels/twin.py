@@ -125,7 +125,8 @@ def rope_kv(
             x = functional.rms_norm(x, (dim,), norm.float(), eps)
         rotated.append(x if rope is None else _rotate(x, rope, inputs))
     block_size = kv.keys.shape[2]
-    blocks, offsets = inputs.slot_mapping // block_size, inputs.slot_mapping % block_size
+    slots = inputs.slots_of(kv.group)
+    blocks, offsets = slots // block_size, slots % block_size
     at = (blocks, slice(None), offsets)
     if kv.key_scales is None or kv.value_scales is None:
         cached_keys, cached_values = unpack_keys(kv.keys), unpack_values(kv.values)
@@ -151,7 +152,7 @@ def attend(queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionSha
     group = shape.num_heads // shape.num_kv_heads
     out = torch.empty_like(queries)
     bounds = itertools.pairwise(inputs.query_start_loc.tolist())
-    block_size = kv.keys.shape[2]
+    block_size, tables = kv.keys.shape[2], inputs.tables_of(kv.group)
     if kv.key_scales is None or kv.value_scales is None:
         all_keys, all_values = unpack_keys(kv.keys), unpack_values(kv.values)
     else:
@@ -160,7 +161,7 @@ def attend(queries: Tensor, kv: LayerKV, inputs: StepInputs, shape: AttentionSha
     for s, (start, end) in enumerate(bounds):
         seq_len = int(inputs.seq_lens[s])
         positions = torch.arange(seq_len)
-        blocks = inputs.block_tables[s, positions // block_size].long()
+        blocks = tables[s, positions // block_size].long()
         at = (blocks, slice(None), positions % block_size)
         keys, values = all_keys[at].float(), all_values[at].float()
         q = queries[start:end].view(end - start, shape.num_heads, shape.head_dim).float()

@@ -65,12 +65,16 @@ class LeadingKVCache(KVCache):
 
     def __init__(self, ranks: Ranks, shape: KVShape, num_blocks: int, device: torch.device) -> None:
         self._ranks = ranks
-        self._num_blocks = num_blocks
+        self._opening = {
+            "num_blocks": num_blocks,
+            "num_layers": shape.num_layers,
+            "places": [list(place) for place in shape.places],
+        }
         super().__init__(shape, num_blocks, device)
 
     def open(self) -> None:
         """Raises torch.OutOfMemoryError if it fits not everywhere."""
-        self._ranks.tell("open_cache", num_blocks=self._num_blocks)
+        self._ranks.tell("open_cache", **self._opening)
         try:
             super().open()
         finally:

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,13 @@ class Rank:
     def on_free_memory(self) -> Message:
         return {"bytes": free_memory(self._device)}
 
-    def on_open_cache(self, num_blocks: int) -> Message:
+    def on_open_cache(
+        self, num_blocks: int, num_layers: int, places: list[tuple[int, int]]
+    ) -> Message:
         assert self._shape is not None
         self._cache = None
-        self._cache = KVCache(self._shape, num_blocks, self._device)
+        shape = replace(self._shape, num_layers=num_layers, places=tuple(places))
+        self._cache = KVCache(shape, num_blocks, self._device)
         return {}
 
     def on_close_cache(self) -> Message:

@@ -144,7 +144,8 @@ class GraphExecutor:
 def _over(inputs: StepInputs, wide: Tensor, narrow: Tensor) -> StepInputs:
     """The same batch in other memory."""
     num = inputs.seq_lens.shape[0]
-    ids, positions, slots, rows = torch.split(wide, num)
+    sizes = [num, num, inputs.slot_mapping.shape[0], num]
+    ids, positions, slots, rows = torch.split(wide, sizes)
     starts, seq_lens, tables = torch.split(narrow, [num + 1, num, inputs.block_tables.numel()])
     return replace(
         inputs,

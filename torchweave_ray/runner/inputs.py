@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from types import MappingProxyType
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchweave_ray.attention.base import AdapterRows, StepInputs
+from torchweave_ray.engine.kv_groups import ONE_GROUP, KVGroups
 from torchweave_ray.engine.plan import IN_FLIGHT, ScheduledSequence, StepOutput
 from torchweave_ray.runner.device import upload
 
@@ -69,6 +70,7 @@ def build_inputs(
     adapters: Mapping[str, object] = _NONE,
     last: LastTokens | None = None,
     padding: Padding | None = None,
+    groups: KVGroups = ONE_GROUP,
 ) -> StepInputs:
     """The batch of these chunks, in their order; `logit_rows` are in their order too.
 
@@ -76,7 +78,7 @@ def build_inputs(
     `last`: for tokens that are in flight. `padding`: sequences of one token that stand for nothing
     are added at the end.
     """
-    flat = _Flat(block_size)
+    flat = _Flat(block_size, groups.num)
     for chunk in chunks:
         flat.add(chunk)
     num_seqs = len(chunks)
@@ -87,11 +89,11 @@ def build_inputs(
         flat.pad(padding.num_seqs - num_seqs)
         seq_lens += [1] * (padding.num_seqs - num_seqs)
         width, longest = padding.num_blocks, padding.num_blocks * block_size
-    tables = np.zeros((len(seq_lens), width), dtype=np.int32)
+    tables = np.zeros((groups.num, len(seq_lens), width), dtype=np.int32)
     for row, (chunk, length) in enumerate(zip(chunks, seq_lens, strict=False)):
-        num = -(-length // block_size)
-        tables[row, :num] = chunk.sequence.block_table[:num]
-    wide = _pack(np.int64, device, flat.token_ids, flat.positions, flat.slots, flat.logit_rows)
+        _copy_tables(tables[:, row], chunk.sequence, -(-length // block_size), block_size, groups)
+    slots = flat.slots[0] if groups.num == 1 else [*chain.from_iterable(flat.slots)]
+    wide = _pack(np.int64, device, flat.token_ids, flat.positions, slots, flat.logit_rows)
     narrow = _pack(np.int32, device, flat.starts, seq_lens, tables.ravel())
     _fill_in_flight(wide[0], flat.in_flight, last)
     return StepInputs(
@@ -100,7 +102,7 @@ def build_inputs(
         slot_mapping=wide[2],
         query_start_loc=narrow[0],
         seq_lens=narrow[1],
-        block_tables=narrow[2].view(tables.shape),
+        block_tables=narrow[2].view(-1, width),
         logit_rows=wide[3],
         max_query_len=max(chunk.num_positions for chunk in chunks),
         max_seq_len=longest,
@@ -110,14 +112,25 @@ def build_inputs(
     )
 
 
+def _copy_tables(
+    rows: NDArray[np.int32], seq: ScheduledSequence, num: int, block_size: int, groups: KVGroups
+) -> None:
+    """The first `num` blocks of each table to [groups, max_blocks]; dropped ones stay 0."""
+    num_dropped = groups.num_dropped(seq.start // block_size)
+    for group, table in enumerate(seq.block_tables):
+        first = num_dropped if group >= groups.num_full else 0
+        rows[group, first:num] = table[first:num]
+
+
 class _Flat:
     """The chunks' tokens one behind the other."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_groups: int) -> None:
         self._block_size = block_size
         self.token_ids: list[int] = []
         self.positions: list[int] = []
-        self.slots: list[int] = []
+        self.slots: list[list[int]] = [[] for _ in range(num_groups)]
+        """Of each KV group."""
         self.logit_rows: list[int] = []
         self.starts = [0]
         self.in_flight: list[tuple[int, int]] = []
@@ -132,28 +145,31 @@ class _Flat:
         if num_positions == 1:  # of most steps all chunks are
             self.positions.append(start)
             block, offset = divmod(start, self._block_size)
-            self.slots.append(seq.block_table[block] * self._block_size + offset)
+            for slots, table in zip(self.slots, seq.block_tables, strict=True):
+                slots.append(table[block] * self._block_size + offset)
         else:
             self.token_ids += chunk.draft_token_ids
             self.positions += range(start, start + num_positions)
-            self._add_slots(seq.block_table, start, start + num_positions)
+            for slots, table in zip(self.slots, seq.block_tables, strict=True):
+                self._add_slots(slots, table, start, start + num_positions)
         num = len(self.positions)
         assert len(self.token_ids) == num
         self.starts.append(num)
         self.logit_rows += range(num - chunk.num_logit_rows, num)
 
-    def _add_slots(self, block_table: Sequence[int], start: int, end: int) -> None:
+    def _add_slots(self, slots: list[int], table: Sequence[int], start: int, end: int) -> None:
         block_size = self._block_size
         for block in range(start // block_size, -(-end // block_size)):
             first = block * block_size
-            offset = block_table[block] * block_size - first
-            self.slots += range(max(start, first) + offset, min(end, first + block_size) + offset)
+            offset = table[block] * block_size - first
+            slots += range(max(start, first) + offset, min(end, first + block_size) + offset)
 
     def pad(self, num: int) -> None:
         first = len(self.positions)
         self.token_ids += [0] * num
         self.positions += [0] * num
-        self.slots += [-1] * num
+        for slots in self.slots:
+            slots += [-1] * num
         self.logit_rows += range(first, first + num)
         self.starts += range(first + 1, first + num + 1)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchweave_ray.attention.base import LayerKV
 from torchweave_ray.config import CacheConfig
+from torchweave_ray.engine.kv_groups import ONE_GROUP, KVGroups
 from torchweave_ray.errors import ConfigError
 
 RAM_SHARE = 0.5
@@ -28,11 +29,14 @@ class KVShape:
     """Constants of the cache: block_bytes of attention.base over these is one block's size."""
 
     num_layers: int
+    """Of a KV group: so many have a part of each block."""
     num_kv_heads: int
     block_size: int
     head_dim: int
     dtype: torch.dtype
     """int8: codes, with scales beside them."""
+    places: tuple[tuple[int, int], ...] = ()
+    """(KV group, layer within it) of each layer of the model; (): one group has them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ def size_kv_cache(
     max_model_len: int | None,
     max_position_embeddings: int,
     default_share: float = RAM_SHARE,
+    groups: KVGroups = ONE_GROUP,
 ) -> KVSize:
     """Blocks that fit and the longest sequence they hold. `default_share`: of free_bytes, where the
     configuration names none.
@@ -62,7 +67,7 @@ def size_kv_cache(
             f"max_model_len {wanted} exceeds the {max_position_embeddings} positions of the model"
         )
     budget = _budget(cache, free_bytes, default_share)
-    blocks_per_seq = -(-wanted // cache.block_size)
+    blocks_per_seq = groups.num_needed(-(-wanted // cache.block_size))
     num_blocks = min(budget // block_bytes, max_num_seqs * blocks_per_seq)
     if max_model_len is not None and num_blocks < blocks_per_seq:
         raise ConfigError(
@@ -70,12 +75,15 @@ def size_kv_cache(
             f"{_mib(blocks_per_seq * block_bytes)}; {_described(cache, budget, free_bytes)} holds "
             f"{num_blocks}: lower max_model_len or raise kv_memory"
         )
-    if num_blocks < min(_MIN_BLOCKS, blocks_per_seq):
+    least = min(_MIN_BLOCKS * groups.num, blocks_per_seq)
+    if num_blocks < least:
         raise ConfigError(
             f"{_described(cache, budget, free_bytes)} holds {num_blocks} KV blocks of "
-            f"{_mib(block_bytes)}, at least {_MIN_BLOCKS} are needed: raise kv_memory"
+            f"{_mib(block_bytes)}, at least {least} are needed: raise kv_memory"
         )
-    return KVSize(num_blocks, min(wanted, num_blocks * cache.block_size))
+    longest = groups.longest(num_blocks)
+    held = wanted if longest is None else longest * cache.block_size
+    return KVSize(num_blocks, min(wanted, held))
 
 
 def _budget(cache: CacheConfig, free_bytes: int, default_share: float) -> int:
@@ -101,7 +109,7 @@ def _mib(num_bytes: int) -> str:
 
 
 class KVCache:
-    """All layers' blocks in one allocation, scales in another, zeroed: no stale NaN is ever read.
+    """All blocks in one allocation, scales in another, zeroed: no stale NaN is ever read.
 
     On the host it is fresh pages of the system: they cost memory only once they are written.
     """
@@ -117,9 +125,13 @@ class KVCache:
         self._parts = [_zeros((*dims, shape.head_dim), shape.dtype, device)]
         if shape.dtype == torch.int8:
             self._parts.append(_zeros(dims, torch.float32, device))
-        self.layers: tuple[LayerKV, ...] = tuple(
-            LayerKV(*(half for part in of_layer for half in part))
+        halves = [
+            [half for part in of_layer for half in part]
             for of_layer in zip(*self._parts, strict=True)
+        ]
+        places = shape.places or [(0, index) for index in range(shape.num_layers)]
+        self.layers: tuple[LayerKV, ...] = tuple(
+            LayerKV(*halves[index], group=group) for group, index in places
         )
 
     @property
@@ -127,7 +139,7 @@ class KVCache:
         return sum(part.nbytes for part in self._parts)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy (source, destination) blocks in all layers; every source is read before."""
+        """Copy (source, destination) blocks of all their layers; every source is read before."""
         if not pairs:
             return
         for part in self._parts:
@@ -139,7 +151,7 @@ class KVCache:
         return self.num_bytes // self._size[1]
 
     def read_block(self, block: int) -> memoryview:
-        """A copy of one block of all layers."""
+        """A copy of one block, all its layers."""
         parts = [part[:, :, block].contiguous().view(torch.uint8).flatten() for part in self._parts]
         return memoryview(torch.cat(parts).cpu().numpy().data)
 

@@ -143,9 +143,9 @@ class ModelRunner:
         return executor if self._graphs is None else self._graphs.wrap(executor)
 
     def _inputs(self, chunks: Sequence[Chunk]) -> StepInputs:
-        block_size = self._limits.block_size
-        padding = None if self._graphs is None else self._graphs.ladder.fit(chunks, block_size)
-        return build_inputs(chunks, block_size, self._device, self._adapters, self._last, padding)
+        size, groups = self._limits.block_size, self._limits.groups
+        padding = None if self._graphs is None else self._graphs.ladder.fit(chunks, size)
+        return build_inputs(chunks, size, self._device, self._adapters, self._last, padding, groups)
 
     def _generate(
         self, plan: StepPlan, chunks: Sequence[tuple[int, Chunk]], collected: Collected

@@ -13,15 +13,16 @@ import torch
 
 from torchweave_ray.attention.base import block_bytes
 from torchweave_ray.config import EngineConfig
+from torchweave_ray.engine.kv_groups import ONE_GROUP, KVGroups
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepOutput, StepPlan
 from torchweave_ray.errors import ConfigError
-from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.spec import DecoderSpec, Executor, Experts, Linear
 from torchweave_ray.runner.adapters import AdapterStore
 from torchweave_ray.runner.backends import sampler_of
 from torchweave_ray.runner.device import free_memory, graphs_of, peak_bytes
 from torchweave_ray.runner.graphs import DecodeGraphs, Ladder
+from torchweave_ray.runner.grouping import Grouping, group_layers
 from torchweave_ray.runner.inputs import Chunk, build_inputs
 from torchweave_ray.runner.kv_cache import RAM_SHARE, KVCache, KVShape, KVSize, size_kv_cache
 from torchweave_ray.runner.model_runner import ModelRunner
@@ -30,6 +31,9 @@ from torchweave_ray.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 _GPU_SHARE = 0.9
+_CHUNK = 1024
+"""Tokens of one sequence in a step, at most, of a model with windows: what an artifact's measured
+settings ask for is known later. Windows keep room for it."""
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -58,12 +62,16 @@ def open_runner(
 ) -> ModelRunner:
     """`bytes_beside`: of KV memory, that each block takes elsewhere, too. Raises ConfigError with
     the numbers when the memory is not there."""
-    block_size = config.cache.block_size
-    shape = KVShape(spec.num_layers, spec.num_kv_heads, block_size, spec.head_dim, kv_dtype)
+    block_size, step_depth = config.cache.block_size, _step_depth(config, device)
+    grouping = grouping_of(model, config, step_depth)
+    num, groups = grouping.num_layers, grouping.groups
+    heads = spec.num_kv_heads, block_size, spec.head_dim, kv_dtype
+    shape = KVShape(num, *heads, grouping.places)
     step_bytes = peak_bytes(
-        lambda: largest_steps(executor, shape, config, model, device, parts.kv_cache), device
+        lambda: largest_steps(executor, shape, config, model, device, groups, parts.kv_cache),
+        device,
     )
-    block = block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
+    block = block_bytes(num, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
     size, kv_cache = allocate(
         lambda: size_kv_cache(
             config.cache,
@@ -73,6 +81,7 @@ def open_runner(
             config.max_model_len,
             model.max_position_embeddings,
             RAM_SHARE if device.type == "cpu" else _GPU_SHARE,
+            groups,
         ),
         lambda num_blocks: parts.kv_cache(shape, num_blocks, device),
     )
@@ -82,8 +91,8 @@ def open_runner(
         size.max_model_len,
         spec.vocab_size,
         model.eos_token_ids,
-        step_depth=_step_depth(config, device),
-        kept_positions=_kept_positions(model),
+        step_depth=step_depth,
+        groups=groups,
     )
     graphs = _graphs(executor, spec, config, size, device)
     loaded = {} if store is None else store.loaded
@@ -151,6 +160,7 @@ def largest_steps(
     config: EngineConfig,
     model: ModelConfig,
     device: torch.device,
+    groups: KVGroups = ONE_GROUP,
     make_cache: Callable[[KVShape, int, torch.device], KVCache] = KVCache,
 ) -> None:
     """As many tokens of prompts as a step may have, then as many decodes, at the longest context:
@@ -164,20 +174,23 @@ def largest_steps(
     repeated = blocks * -(-longest // (len(blocks) * shape.block_size))
     cache = make_cache(shape, len(blocks), device)
     for chunks in (
-        [Chunk(_sequence(n, 0, blocks, [0] * n)) for n in lengths],
-        [Chunk(_sequence(1, 0, repeated, [0] * longest, longest - 1))] * num_seqs,
+        [Chunk(_sequence(n, 0, [blocks] * groups.num, [0] * n)) for n in lengths],
+        [Chunk(_sequence(1, 0, [repeated] * groups.num, [0] * longest, longest - 1))] * num_seqs,
     ):
-        inputs = build_inputs(chunks, shape.block_size, device)
+        inputs = build_inputs(chunks, shape.block_size, device, groups=groups)
         rows = torch.zeros(num_seqs, dtype=torch.int64, device=device)
         executor.forward(replace(inputs, logit_rows=rows), cache.layers)
     cache.close()
 
 
-def _kept_positions(model: ModelConfig) -> int | None:
-    """Only where all layers slide: the others need all positions, and share the blocks."""
-    if model.sliding_window is None or not model.sees_window_only:
-        return None
-    return model.sliding_window + TILE
+def grouping_of(model: ModelConfig, config: EngineConfig, step_depth: int = 0) -> Grouping:
+    """Of a model that transformers runs: one group, for nothing is known of its layers."""
+    sliding = model.sliding_layers or (False,) * model.num_layers
+    longest = config.max_model_len or model.max_position_embeddings
+    chunk = config.scheduler.max_num_batched_tokens or max(_CHUNK, config.scheduler.step_tokens)
+    return group_layers(
+        sliding, model.sliding_window, config.cache.block_size, longest, chunk, step_depth
+    )
 
 
 def run_first_step(runner: ModelRunner) -> None:
@@ -185,14 +198,19 @@ def run_first_step(runner: ModelRunner) -> None:
     that cannot run fails the start. Then one of each size that is captured. What this leaves in
     block 0 is overwritten before it is read."""
     for num_seqs in (1, *runner.captured_sizes):
-        plan = StepPlan(tuple(_sequence(1, -1 - i, [0], [0]) for i in range(num_seqs)))
+        tables = [[0]] * runner.limits.groups.num
+        plan = StepPlan(tuple(_sequence(1, -1 - i, tables, [0]) for i in range(num_seqs)))
         runner.submit(plan).result()
         for seq in plan.sequences:
             runner.release(seq.seq_id)
 
 
 def _sequence(
-    num_tokens: int, seq_id: int, block_table: list[int], token_ids: list[int], start: int = 0
+    num_tokens: int,
+    seq_id: int,
+    block_tables: list[list[int]],
+    token_ids: list[int],
+    start: int = 0,
 ) -> ScheduledSequence:
     return ScheduledSequence(
         seq_id=seq_id,
@@ -200,7 +218,7 @@ def _sequence(
         num_tokens=num_tokens,
         token_ids=token_ids,
         num_prompt_tokens=start + num_tokens,
-        block_table=block_table,
+        block_tables=block_tables,
         sampling=_GREEDY,
         seed=0,
         output=StepOutput.SAMPLE,

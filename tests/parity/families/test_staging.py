@@ -67,6 +67,6 @@ def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
 
 def test_phi3_may_name_the_code_that_transformers_took_over() -> None:
     keys = {**TINY_CONFIG, **FAMILIES["phi3"], "auto_map": {"AutoConfig": "x.Y"}}
-    assert ModelConfig.from_hf(keys).sees_window_only
+    assert all(ModelConfig.from_hf(keys).sliding_layers)
     with pytest.raises(ArtifactError, match="auto_map"):
         ModelConfig.from_hf({**keys, "architectures": ["MistralForCausalLM"]})

@@ -173,13 +173,13 @@ def test_memory_forgets_the_oldest_ends_first() -> None:
 
 
 def test_reported_stats_are_coarse() -> None:
-    stats = Stats(num_running=33, num_waiting=2, num_waiting_tokens=700, num_blocks=100)
-    reported = routing_stats(replace(stats, num_free_blocks=58), BLOCK)
+    stats = Stats(33, 2, num_waiting_tokens=700, num_blocks=100, num_cacheable_tokens=1600)
+    reported = routing_stats(replace(stats, num_free_blocks=58))
     assert reported == {"requests": 32, "waiting": 512, "kv": 0.4, "capacity": 1600, "asleep": 0}
     again = replace(stats, num_running=34, num_waiting_tokens=900, num_free_blocks=59)
-    assert routing_stats(again, BLOCK) == reported
+    assert routing_stats(again) == reported
     zeros = {"requests": 0, "waiting": 0, "kv": 0, "capacity": 0, "asleep": 0}
-    assert routing_stats(Stats(), BLOCK) == zeros
+    assert routing_stats(Stats()) == zeros
 
 
 @dataclass

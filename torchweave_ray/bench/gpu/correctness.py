@@ -111,5 +111,5 @@ def _sequence(
     """Its blocks lie apart."""
     table = [i * len(texts) + seq for i in range(blocks)]
     return ScheduledSequence(
-        seq, start, num_tokens, texts[seq], _LONGEST, table, SamplingParams(), seed=0
+        seq, start, num_tokens, texts[seq], _LONGEST, [table], SamplingParams(), seed=0
     )

@@ -61,7 +61,10 @@ class BlockStore(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Reading:
     seq: Sequence
+    sought: list[BlockHash]
+    """Of all blocks that the sequence may then begin with."""
     hashes: list[BlockHash]
+    """Of those that are read."""
     contents: Future[list[memoryview | None]]
     since: float
 
@@ -170,37 +173,38 @@ class Spill:
         """False: the store has nothing that the cache lacks, or does not answer."""
         if self._late:
             return False
-        wanted = self._missing(seq, store)
+        sought = self._blocks.sought(seq, store.__contains__)
+        wanted = self._missing(seq, sought, store)
         if not wanted:
             return False
         if not any(wanted[0] in reading.hashes for reading in self._readings.values()):
-            self._readings[seq.seq_id] = _Reading(seq, wanted, store.read(wanted), self._clock())
+            contents, now = store.read(wanted), self._clock()
+            self._readings[seq.seq_id] = _Reading(seq, sought, wanted, contents, now)
             seq.num_sought_blocks += len(wanted)
         return True
 
-    def _missing(self, seq: Sequence, store: BlockStore) -> list[BlockHash]:
-        """What the store has of a sequence right behind what the cache has, a batch at most."""
-        hashes = self._blocks.sought_hashes(seq)
-        num_cached = self._blocks.num_cached_blocks(hashes)
+    def _missing(
+        self, seq: Sequence, sought: list[BlockHash], store: BlockStore
+    ) -> list[BlockHash]:
+        """What the cache lacks of the longest start of a sequence, a batch at most."""
+        missing = [each for each in sought if not self._blocks.is_cached(each)]
+        num_cached = len(sought) - len(missing)
         if num_cached < seq.num_sought_blocks:
             return []  # it was sought, and lost
         seq.num_sought_blocks = num_cached
-        most = min(max(1, _BATCH_BYTES // store.block_bytes), self._blocks.num_spare_blocks)
-        found: list[BlockHash] = []
-        for block_hash in hashes[num_cached : num_cached + most]:
-            if block_hash not in store:
-                break
-            found.append(block_hash)
-        return found
+        most = max(1, _BATCH_BYTES // store.block_bytes)
+        return missing[: min(most, self._blocks.num_spare_blocks)]
 
     def _adopt(self, reading: _Reading) -> None:
         store = self._store
         assert store is not None
         whole = list(_until_none(reading.contents.result()))
-        found = self._blocks.adopt(reading.seq, reading.hashes[: len(whole)])
+        num_had = self._blocks.num_shared_tokens(reading.seq)
+        found = self._blocks.adopt(reading.hashes[: len(whole)], reading.sought)
         for block, content in zip(found, whole, strict=False):
             store.put(block, content)
-        self.num_restored_tokens += len(found) * self._blocks.block_size
+        num_has = self._blocks.num_shared_tokens(reading.seq)
+        self.num_restored_tokens += max(0, num_has - num_had)
 
 
 def _until_none(contents: Iterable[memoryview | None]) -> Iterable[memoryview]:

@@ -34,6 +34,7 @@ class Counters:
             num_waiting_tokens=scheduler.num_waiting_tokens,
             num_blocks=scheduler.blocks.num_blocks,
             num_free_blocks=scheduler.blocks.num_free_blocks,
+            num_cacheable_tokens=scheduler.blocks.num_cacheable_tokens,
             num_steps=scheduler.num_steps,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self.num_prompt_tokens,

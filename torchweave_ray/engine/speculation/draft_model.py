@@ -134,7 +134,7 @@ class DraftModel:
         shadow = _Shadow(own)
         shadow.is_lost = _largest_id(own) >= self._runner.limits.vocab_size
         if not shadow.is_lost:
-            self._blocks.share(own, self._blocks.shared_prefix(own)[0])
+            self._blocks.share(own, self._blocks.shared_prefix(own))
         shadow.num_known, shadow.num_published = end, own.num_computed_tokens
         return shadow
 
@@ -209,7 +209,7 @@ def _entry(
         num_tokens=stop - start,
         token_ids=own.token_ids,
         num_prompt_tokens=entry.num_prompt_tokens,
-        block_table=own.block_table,
+        block_tables=own.block_tables,
         sampling=replace(entry.sampling, logprobs=None, prompt_logprobs=None),
         seed=entry.seed,
         output=output,

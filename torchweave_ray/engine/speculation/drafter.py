@@ -245,7 +245,7 @@ def _put(
     seq, end = wanted.seq, wanted.end
     del drafts[step.budget.chunk(end, len(drafts)) :]
     if not blocks.grow_spare(seq, end + len(drafts)):
-        del drafts[len(seq.block_table) * blocks.block_size - end :]
+        del drafts[blocks.num_positions(seq) - end :]
     if drafts:
         step.budget.take_chunk(end, len(drafts))
         item = step.items[index]

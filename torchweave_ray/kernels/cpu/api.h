@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define TW_ABI 4
+#define TW_ABI 5
 #define TW_PANEL 32          // output columns of one packed panel
 #define TW_GROUP 32          // inputs that share a scale
 #define TW_SPLIT 256         // positions of an attention split: fixed and absolute
@@ -112,11 +112,12 @@ struct TwStep {
     int64_t num_tokens, num_seqs, num_rows;
     const int64_t* input_ids;        // [T]
     const int64_t* positions;        // [T]
-    const int64_t* slot_mapping;     // [T]
+    const int64_t* slot_mapping;     // [KV groups, T]
     const int32_t* query_start_loc;  // [S + 1]
     const int32_t* seq_lens;         // [S]
-    const int32_t* block_tables;     // [S, block_table_stride]
+    const int32_t* block_tables;     // [KV groups, S, block_table_stride]
     int64_t block_table_stride;
+    const int32_t* kv_groups;        // [layers]: whose slots and tables a layer has
     const int64_t* logit_rows;       // [R]
     // [layers]: int8 [blocks, num_kv_heads, block_size, head_dim], or bf16 as attention.h says
     void* const* keys;

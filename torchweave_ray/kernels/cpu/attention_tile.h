@@ -94,7 +94,8 @@ static inline void finish_row(const float* acc, float sum, int64_t dim, uint16_t
 static inline void find_slots(const TwOp& op, const TwStep& step, const Place& at, int from, int to,
                               int64_t* slots) {
     const int64_t size = step.block_size;
-    const int32_t* table = step.block_tables + at.seq * step.block_table_stride;
+    const int64_t row = step.kv_groups[op.layer] * step.num_seqs + at.seq;
+    const int32_t* table = step.block_tables + row * step.block_table_stride;
     for (int j = from; j < to; j += SUB) {
         const int64_t position = at.split * TW_SPLIT + j, block = table[position / size];
         slots[j / SUB] = (block * op.num_kv_heads + at.kv_head) * size + position % size;

@@ -161,7 +161,8 @@ static void rope_kv(const TwOp& op, const TwStep& step, int64_t token) {
     uint16_t* queries = (uint16_t*)step.buffers[op.out] + token * op.ldo;
     const float* table =
         op.rope < 0 ? nullptr : step.ropes[op.rope] + step.positions[token] * op.rotary_dim;
-    const int64_t block = step.slot_mapping[token] / size, offset = step.slot_mapping[token] % size;
+    const int64_t slot = step.slot_mapping[step.kv_groups[op.layer] * step.num_tokens + token];
+    const int64_t block = slot / size, offset = slot % size;
     if (step.key_scales == nullptr) fetch_key_lines(op, step, block * kv_heads * size + offset);
     alignas(64) float scratch[TW_MAX_HEAD_DIM];
     for (int64_t head = 0; head < op.num_heads; head++, x += dim) {

@@ -102,9 +102,10 @@ class TritonOps:
         is_int8 = kv.key_scales is not None
         scales = (kv.key_scales, kv.value_scales) if is_int8 else (kv.keys, kv.values)
         rotate_and_write[(num_tokens, num_all)](
-            queries, qkv, *weights, cos, sin, kv.keys, kv.values, *scales, inputs.slot_mapping,
-            qkv.stride(0), norms.eps, norms.offset, shape.num_heads, shape.num_kv_heads, head_dim,
-            triton.next_power_of_2(head_dim), rotary_dim, kv.keys.shape[2],
+            queries, qkv, *weights, cos, sin, kv.keys, kv.values, *scales,
+            inputs.slots_of(kv.group), qkv.stride(0), norms.eps, norms.offset, shape.num_heads,
+            shape.num_kv_heads, head_dim, triton.next_power_of_2(head_dim), rotary_dim,
+            kv.keys.shape[2],
             norms.queries is not None, norms.keys is not None, is_int8,
             num_warps=1,
         )  # fmt: skip

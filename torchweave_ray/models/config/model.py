@@ -141,11 +141,6 @@ class ModelConfig:
         )
         return replace(plain, **family.flags(config, num_layers))
 
-    @property
-    def sees_window_only(self) -> bool:
-        """No layer looks behind its window: blocks that fell out of it are never read again."""
-        return self.sliding_window is not None and all(self.sliding_layers)
-
 
 def _foreign(config: Mapping[str, Any]) -> ModelConfig:
     (name,) = config["architectures"]
