@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.lora.adapters import make_adapter
-from tests.speculation.test_same_text import random_worth
+from tests.speculation.test_same_text import guess_at_random
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.build import LoadedModel, build_engine, load_model
 from torchweave_ray.config import EngineConfig
@@ -141,8 +140,7 @@ def test_whoever_comes_while_it_wakes_is_answered(tmp_path: Path) -> None:
 def test_an_llm_with_a_draft_model(
     tmp_path: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    always_worth = random_worth(random.Random(1), 1.0)
-    monkeypatch.setattr("torchweave_ray.engine.speculation.drafter.most_worth", always_worth)
+    guess_at_random(monkeypatch, 1, 1.0)
     artifact = make_tiny_artifact(tmp_path / "tiny", dtype=torch.bfloat16)
     draft = make_tiny_artifact(tmp_path / "small", dtype=torch.bfloat16, num_hidden_layers=1)
     params = SamplingParams(temperature=temperature, seed=3, max_tokens=40, ignore_eos=True)

@@ -102,10 +102,10 @@ def test_only_its_own_mistakes_are_rejected(doubt: float) -> None:
     rejected = 0
     note = timed.drafter.note
 
-    def counted(item, num_accepted: int) -> None:
+    def counted(seq, num_drafts: int, num_accepted: int) -> None:
         nonlocal rejected
-        rejected += num_accepted < len(item.entry.draft_token_ids)
-        note(item, num_accepted)
+        rejected += num_accepted < num_drafts
+        note(seq, num_drafts, num_accepted)
 
     timed.drafter.note = counted
     for name in ("a", "bb", "ccc", "dddd"):

@@ -103,14 +103,16 @@ def random_request(rng: random.Random, number: int, tokenizer: Tokenizer) -> Gen
     return replace(request, exclusive=kind < 0.2, priority=rng.choice([0, 0, 1]))
 
 
-def random_worth(rng: random.Random, share: float):
+def guess_at_random(monkeypatch: pytest.MonkeyPatch, seed: int, share: float) -> None:
     """In place of the decision by costs."""
+    rng = random.Random(seed)
 
     def most_worth(acceptances, most, num_draws, costs) -> Outcome:
         nums = [rng.randint(0, m) if m and rng.random() < share else 0 for m in most]
         return Outcome(nums, 1e9, [1.0] * len(most))
 
-    return most_worth
+    monkeypatch.setattr(drafter, "most_worth", most_worth)
+    monkeypatch.setattr(drafter, "least_acceptance", lambda *_: -1.0)
 
 
 def answers(engine: Engine, requests: list[GenerateRequest]) -> dict[object, tuple]:
@@ -168,7 +170,7 @@ def test_no_text_changes(
     plain_again, _ = run(loaded, config_of("none", small), again)
     assert before.num_preemptions > 50 * share
     assert len(again) > 50 * share
-    monkeypatch.setattr(drafter, "most_worth", random_worth(random.Random(3), 0.7))
+    guess_at_random(monkeypatch, 3, 0.7)
     for method, most in (("ngram", 100), ("draft", 1000)):
         drafted, after = run(loaded, config_of(method, small), requests)
         assert drafted == plain

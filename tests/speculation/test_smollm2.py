@@ -78,4 +78,5 @@ def test_no_text_changes() -> None:
 def test_no_text_changes_with_its_own_int4_as_draft_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever this machine makes of it: all that may be guessed is guessed.
     monkeypatch.setattr(drafter, "most_worth", lambda a, most, *_: Outcome(list(most), 1e9, most))
+    monkeypatch.setattr(drafter, "least_acceptance", lambda *_: -1.0)
     check(str(staged_smollm2("smollm2-135m-int4")))

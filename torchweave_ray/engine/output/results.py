@@ -71,10 +71,11 @@ def _append(
     position = item.entry.start + item.entry.num_tokens
     assert seq.token_ids[position] == IN_FLIGHT
     seq.token_ids[position : position + 1] = tokens
-    if scheduler.drafter is not None:
+    num_drafts = len(item.entry.draft_token_ids)
+    if num_drafts and scheduler.drafter is not None:
         seq.num_computed_tokens += len(tokens) - 1
         scheduler.blocks.commit(seq, position, seq.num_computed_tokens)
-        scheduler.drafter.note(item, len(tokens) - 1)
+        scheduler.drafter.note(seq, num_drafts, len(tokens) - 1)
     state = seq.state
     while len(state.sequences) < state.request.n:  # the first choice's first token
         scheduler.add(state, fork_source=seq)

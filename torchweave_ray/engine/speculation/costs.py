@@ -126,6 +126,11 @@ class Outcome:
     """By sequence, those beyond the first that may be expected."""
 
 
+def least_acceptance(num_draws: int, costs: Costs) -> float:
+    """A sequence's first guess has to be right more often than that to be worth its row."""
+    return _MARGIN * num_draws * costs.row_s / costs.step_s
+
+
 def most_worth(
     acceptances: Sequence[float], most: Sequence[int], num_draws: int, costs: Costs
 ) -> Outcome:

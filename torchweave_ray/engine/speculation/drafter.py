@@ -22,6 +22,7 @@ from torchweave_ray.engine.speculation.costs import (
     Costs,
     GuessTimes,
     StepTimes,
+    least_acceptance,
     most_worth,
 )
 from torchweave_ray.engine.step_builder import ScheduledItem, StepBuilder
@@ -34,6 +35,9 @@ _FORGET, _FORGET_OF_ALL = 0.97, 0.999
 tried again after a while."""
 _PREDICTION_SHARE = 2.0
 """A draft's row is drawn, too, and in a small batch: it costs more than a prompt's token."""
+_LEAST_SHARE = 0.75
+"""What is measured of a row is believed down to that share of the prediction: through steps that
+other processes make long, a line lies flat."""
 _LEAST_REST = 64
 """Tokens that a sequence is taken to have before it: that many, or as many as it has made."""
 
@@ -98,6 +102,7 @@ class _Candidate:
     """Of its item in the step."""
     item: ScheduledItem
     most: int
+    acceptance: float
 
     @property
     def end(self) -> int:
@@ -129,14 +134,11 @@ class Drafter:
     def add_drafts(self, step: StepBuilder, blocks: BlockManager) -> None:
         """Comes last: takes what budget and blocks nobody else of the step wants."""
         started_at = self._clock()
-        candidates = [
-            _Candidate(i, item, self._most_of(item))
-            for i, item in enumerate(step.items)
-            if _may_draft(item)
-        ]
-        costs = self._costs(step, candidates)
+        num_draws = _num_draws(step)
+        costs = self._costs(step, num_draws)
         if costs is not None:
-            wanted = self._wanted(step, candidates, costs)
+            candidates = self._candidates(step, least_acceptance(num_draws, costs))
+            wanted = self._wanted(step, candidates, num_draws, costs)
             if wanted:
                 guesses = self._proposer.propose([each for _, each in wanted])
                 for (index, each), drafts in zip(wanted, guesses, strict=True):
@@ -144,14 +146,12 @@ class Drafter:
                 self._note_rounds()
         self._guessing_s = self._clock() - started_at
 
-    def note(self, item: ScheduledItem, num_accepted: int) -> None:
+    def note(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         """How many drafts of a submitted step were right."""
-        num_drafts = len(item.entry.draft_token_ids)
-        if num_drafts:
-            _state(item.seq).note(num_drafts, num_accepted, _FADE)
-            self._acceptance.note(num_drafts, num_accepted, _FADE_OF_ALL)
-            self.num_draft_tokens += num_drafts
-            self.num_accepted_tokens += num_accepted
+        _state(seq).note(num_drafts, num_accepted, _FADE)
+        self._acceptance.note(num_drafts, num_accepted, _FADE_OF_ALL)
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
 
     def note_step(self, seconds: float, plan: StepPlan) -> None:
         """One step of the engine took so long, from scheduling to its outputs."""
@@ -167,30 +167,43 @@ class Drafter:
     def close(self) -> None:
         self._proposer.close()
 
-    def _costs(self, step: StepBuilder, candidates: Several[_Candidate]) -> Costs | None:
+    def _costs(self, step: StepBuilder, num_draws: int) -> Costs | None:
         """None: nothing can be drafted."""
-        if not candidates:
+        if not num_draws:
             return None
-        num_draws = _num_draws(step)
         step_s, row_s = self._step_times.step_s(num_draws), self._step_times.row_s
         if step_s is None and self._guess_times.share > 0:
             return None  # first see what is to be saved
         step_s = step_s or step.budget.ms / 1e3 or 1.0
+        price = _PREDICTION_SHARE * step.budget.price(step.items[0].entry.start, num_draws)
+        predicted_s = price * step_s / num_draws
         if row_s is None:
-            price = _PREDICTION_SHARE * step.budget.price(candidates[0].end, num_draws)
-            row_s = price * step_s / num_draws
-        return Costs(step_s, row_s, self._round_s)
+            row_s = predicted_s
+        return Costs(step_s, max(row_s, _LEAST_SHARE * predicted_s), self._round_s)
 
     def _round_s(self, num_rows: int) -> float:
         return self._guess_times.share * (self._step_times.step_s(num_rows) or 0.0)
 
+    def _candidates(self, step: StepBuilder, least: float) -> list[_Candidate]:
+        """Those whose guesses may be right often enough. It is asked for in every step, of all."""
+        prior = self._acceptance.rate(self._proposer.acceptance)
+        found = []
+        for index, item in enumerate(step.items):
+            if _may_draft(item):
+                state = _state(item.seq)
+                acceptance = state.rate(prior)
+                if acceptance > least:
+                    found.append(_Candidate(index, item, self._most_of(item), acceptance))
+                else:
+                    state.fade(_FORGET)
+        return found
+
     def _wanted(
-        self, step: StepBuilder, candidates: Several[_Candidate], costs: Costs
+        self, step: StepBuilder, candidates: Several[_Candidate], num_draws: int, costs: Costs
     ) -> list[tuple[int, Wanted]]:
         """With their items' indices."""
-        prior = self._acceptance.rate(self._proposer.acceptance)
-        acceptances = [_state(c.item.seq).rate(prior) for c in candidates]
-        outcome = most_worth(acceptances, [c.most for c in candidates], _num_draws(step), costs)
+        acceptances, most = [c.acceptance for c in candidates], [c.most for c in candidates]
+        outcome = most_worth(acceptances, most, num_draws, costs)
         if not any(outcome.num_guesses):
             self._acceptance.fade(_FORGET_OF_ALL)
         wanted = []
