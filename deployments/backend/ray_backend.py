@@ -208,7 +208,7 @@ class RayBackend:
     async def _first_attempt(
         self, client: ModelClient, request: GenerateRequest, progress: Progress
     ) -> AsyncGenerator[RequestOutput]:
-        """By one replica, or by one other when that has no room."""
+        """By one replica, or by one other, if there is one, when that has no room."""
         refusals: list[RequestError] = []
         while True:
             try:
@@ -218,7 +218,7 @@ class RayBackend:
                 return
             except NoRoom as refusal:
                 refusals.append(refusal.error)
-                if len(refusals) == 2:
+                if len(refusals) == 2 or not client.fleet.running() - {refusal.replica}:
                     raise min(refusals, key=lambda error: error.retry_after or 0.0) from None
                 self.moves.note("retried")
                 request = avoiding(request, refusal.replica)

@@ -32,6 +32,18 @@ def test_a_refusal_leads_to_one_other_replica(use_bus: bool) -> None:
     run(body())
 
 
+@pytest.mark.parametrize("use_bus", [True, False], ids=["bus", "handle"])
+def test_the_only_replica_is_not_asked_twice(use_bus: bool) -> None:
+    async def body() -> None:
+        async with serving(refuses("r1", 3.0), use_bus=use_bus) as (backend, replica):
+            assert replica.fleet.running() == {"r1"}
+            with pytest.raises(Overloaded):
+                await collect(backend, request())
+            assert len(replica.requests) == 1
+
+    run(body())
+
+
 def test_a_stream_is_not_resumed_where_it_was_lost_nor_where_there_is_no_room() -> None:
     async def body() -> None:
         lost = Fault(lambda _: EngineFailed("dead", "a"), 3)
