@@ -149,6 +149,8 @@ def test_a_full_queue_refuses_while_a_step_runs() -> None:
             engine.add(first, sinks.append)
             await until(lambda: engine.snapshot().num_running == 1)
             engine.add(second, sinks.append)  # for the inbox: a step is running
+            with pytest.raises(Overloaded, match="186 prompt tokens are waiting"):
+                engine.add(third, sinks.append)  # and what is in the inbox counts
             may_step.release()
             await until(lambda: engine.snapshot().num_waiting_tokens == 100 + 22)
             with pytest.raises(Overloaded, match="122 prompt tokens are waiting"):

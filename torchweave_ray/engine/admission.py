@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from torchweave_ray.deadline import Late
 from torchweave_ray.engine.budget import least_prefill_s, prompt_tokens_per_s
@@ -92,12 +93,22 @@ class PromptPace:
             self._num_tokens = self._num_tokens * kept + num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Let in by a look, and not in the queue yet."""
+
+    num_seqs: int = 0
+    num_tokens: int = 0
+
+
 class Admission:
     def __init__(self, scheduler: Scheduler, limits: RuntimeLimits) -> None:
         self._scheduler = scheduler
         self._limits = limits
         self._pace = PromptPace()
         self._hits_are_fresh = False
+        self._let_in = self._arrived = Coming()
+        """All so far: the loop's thread alone writes the first, the engine's the second."""
 
     @property
     def prompt_tokens_per_s(self) -> float | None:
@@ -116,24 +127,36 @@ class Admission:
                 waiting.note_shared(seq, blocks.num_shared_tokens(seq))
         return self._scheduler.num_waiting_tokens
 
-    def look(self, request: GenerateRequest, on_refusal: Callable[[RequestError], None]) -> None:
+    def look(self, request: GenerateRequest, on_refusal: Callable[[RequestError], None]) -> Coming:
         """`check_backlog` from another thread while a step runs, which may take longer than a
         refusal should. Raises Overloaded, which `on_refusal` hears of first.
 
         It only looks: counts are those of the step's end, for what a step computes is taken off
-        when it is planned. Where that is not enough to be sure, the engine's thread will say.
+        when it is planned, and of all that was let in before. Where that is not enough to be sure,
+        the engine's thread will say. What is returned is for `note_arrival`.
         """
-        scheduler = self._scheduler
+        scheduler, coming = self._scheduler, Coming()
         try:
             is_sure = scheduler.shares.share(request.tenant, request.weight) == 1.0
-            if not is_sure or request.adapter or not request.artifact_id:
-                return
-            self._check(RequestState(request, 0.0), lambda: scheduler.num_waiting_tokens)
+            if is_sure and not request.adapter and request.artifact_id:
+                before = Coming(
+                    self._let_in.num_seqs - self._arrived.num_seqs,
+                    self._let_in.num_tokens - self._arrived.num_tokens,
+                )
+                state = RequestState(request, 0.0)
+                wanted = self._check(state, lambda: scheduler.num_waiting_tokens, before)
+                coming = Coming(1, wanted)
         except Overloaded as error:
             on_refusal(error)
             raise
         except RuntimeError:  # something changed while it was looked through
-            return
+            pass
+        self._let_in = _sum(self._let_in, coming)
+        return coming
+
+    def note_arrival(self, coming: Coming) -> None:
+        """It is about to join the queue, or to be refused."""
+        self._arrived = _sum(self._arrived, coming)
 
     def check_backlog(self, state: RequestState) -> None:
         """Raises Overloaded when a new request would take the backlog over its limit.
@@ -142,19 +165,20 @@ class Admission:
         already. A tenant within its share of a full backlog is let in all the same: who floods it
         shuts himself out. The cache is asked only when it could matter.
         """
-        self._check(state, self.backlog)
+        self._check(state, self.backlog, Coming())
 
-    def _check(self, state: RequestState, count: Callable[[], int]) -> None:
+    def _check(self, state: RequestState, count: Callable[[], int], coming: Coming) -> int:
+        """Tokens that it adds to the backlog; `coming` will be there before it."""
         scheduler = self._scheduler
-        self._check_length(state)
+        self._check_length(state, coming)
         limit = scheduler.config.max_waiting_tokens
         probe = Sequence(-1, state, 0, 0, scheduler.num_steps)
         known_hits = scheduler.waiting.num_remaining_tokens - scheduler.waiting.num_tokens
         most = scheduler.num_waiting_tokens + known_hits + probe.num_remaining_tokens
-        if most <= limit or state.request.output_token_ids:
-            return
+        if most + coming.num_tokens <= limit or state.request.output_token_ids:
+            return probe.num_remaining_tokens
         probe.num_shared_tokens = scheduler.blocks.num_shared_tokens(probe)
-        backlog, wanted = count(), probe.num_missing_tokens
+        backlog, wanted = count() + coming.num_tokens, probe.num_missing_tokens
         if backlog and backlog + wanted > limit and not self._is_within_share(probe, limit):
             raise Overloaded(
                 f"{backlog} prompt tokens are waiting, this request adds {wanted}, "
@@ -163,11 +187,13 @@ class Admission:
                 "queue_full",
                 self._seconds_for(min(backlog, backlog + wanted - limit)),
             )
+        return wanted
 
-    def _check_length(self, state: RequestState) -> None:
+    def _check_length(self, state: RequestState, coming: Coming) -> None:
         """The same for the number of sequences that wait."""
         scheduler, request = self._scheduler, state.request
-        num_waiting, limit = scheduler.num_waiting, scheduler.config.max_waiting_seqs
+        num_waiting = scheduler.num_waiting + coming.num_seqs
+        limit = scheduler.config.max_waiting_seqs
         if num_waiting < limit or request.output_token_ids:
             return
         share = scheduler.shares.share(request.tenant, request.weight)
@@ -177,7 +203,7 @@ class Admission:
             f"{num_waiting} sequences are waiting, and the limit is {limit}",
             None,
             "queue_full",
-            self._seconds_for(scheduler.num_waiting_tokens // num_waiting),
+            self._seconds_for((scheduler.num_waiting_tokens + coming.num_tokens) // num_waiting),
         )
 
     def _is_within_share(self, probe: Sequence, limit: int) -> bool:
@@ -236,3 +262,7 @@ class Admission:
         """Until so many tokens of the backlog are computed; at least 1."""
         rate = self.prompt_tokens_per_s
         return max(1.0, num_tokens / rate) if rate else 1.0
+
+
+def _sum(one: Coming, other: Coming) -> Coming:
+    return Coming(one.num_seqs + other.num_seqs, one.num_tokens + other.num_tokens)

@@ -18,7 +18,7 @@ from typing import Any
 
 from torchweave_ray.config import tuned_limits
 from torchweave_ray.engine.adapters.served import served_model, served_models
-from torchweave_ray.engine.admission import refusal_of
+from torchweave_ray.engine.admission import Coming, refusal_of
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.engine.grammar import polite_thread
 from torchweave_ray.engine.meter import Meter
@@ -111,10 +111,10 @@ class AsyncEngine:
         self._engine.check(request)
         if request.request_id in self._sinks:
             raise InvalidRequest(f"request id {request.request_id} is in use", "request_id")
-        self._engine.admission.look(request, self.meter.refused)
+        coming = self._engine.admission.look(request, self.meter.refused)
         self._sinks[request.request_id] = sink
         self._idle.clear()
-        self._post(partial(self._add, request))
+        self._post(partial(self._add, request, coming))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds by the next step; unknown ids are ignored."""
@@ -271,7 +271,8 @@ class AsyncEngine:
         while self._inbox:
             self._inbox.popleft()()
 
-    def _add(self, request: GenerateRequest) -> None:
+    def _add(self, request: GenerateRequest, coming: Coming) -> None:
+        self._engine.admission.note_arrival(coming)
         try:
             self._engine.add(request, is_bounded=True)
             self.meter.open(request)
