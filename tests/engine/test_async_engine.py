@@ -176,7 +176,7 @@ def test_refusals_come_before_the_first_output() -> None:
             with pytest.raises(Overloaded) as caught:
                 await anext(engine.generate(make_request("third", 100)))
             assert caught.value.retry_after is not None
-            assert caught.value.retry_after >= 1
+            assert caught.value.retry_after >= 0.25
             with pytest.raises(InvalidRequest, match="in use"):
                 await anext(engine.generate(make_request("first", 30)))
             second.cancel()

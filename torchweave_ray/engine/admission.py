@@ -21,6 +21,8 @@ from torchweave_ray.outputs import GenerateRequest, OutputKind, RequestOutput
 MAX_CHOICES = 64
 PREDICTION_MARGIN = 0.8
 """A prompt is given up only if this share of its predicted time is still too long."""
+_LEAST_WAIT_S = 0.25
+"""Sooner nobody is asked to come again: that would be a busy loop."""
 _MEMORY_S = 5.0
 _ENOUGH_S = 0.5
 """Of steps with prompts, before their pace is trusted."""
@@ -259,9 +261,9 @@ class Admission:
         return PREDICTION_MARGIN * least_prefill_s(config, start, num_tokens)
 
     def _seconds_for(self, num_tokens: int) -> float:
-        """Until so many tokens of the backlog are computed; at least 1."""
+        """Until so many tokens of the backlog are computed; 1 while nobody knows."""
         rate = self.prompt_tokens_per_s
-        return max(1.0, num_tokens / rate) if rate else 1.0
+        return max(_LEAST_WAIT_S, num_tokens / rate) if rate else 1.0
 
 
 def _sum(one: Coming, other: Coming) -> Coming:
