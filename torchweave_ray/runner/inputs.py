@@ -89,9 +89,7 @@ def build_inputs(
         flat.pad(padding.num_seqs - num_seqs)
         seq_lens += [1] * (padding.num_seqs - num_seqs)
         width, longest = padding.num_blocks, padding.num_blocks * block_size
-    tables = np.zeros((groups.num, len(seq_lens), width), dtype=np.int32)
-    for row, (chunk, length) in enumerate(zip(chunks, seq_lens, strict=False)):
-        _copy_tables(tables[:, row], chunk.sequence, -(-length // block_size), block_size, groups)
+    tables = _tables(chunks, seq_lens, (groups.num, len(seq_lens), width), block_size, groups)
     slots = flat.slots[0] if groups.num == 1 else [*chain.from_iterable(flat.slots)]
     wide = _pack(np.int64, device, flat.token_ids, flat.positions, slots, flat.logit_rows)
     narrow = _pack(np.int32, device, flat.starts, seq_lens, tables.ravel())
@@ -112,14 +110,22 @@ def build_inputs(
     )
 
 
-def _copy_tables(
-    rows: NDArray[np.int32], seq: ScheduledSequence, num: int, block_size: int, groups: KVGroups
-) -> None:
-    """The first `num` blocks of each table to [groups, max_blocks]; dropped ones stay 0."""
-    num_dropped = groups.num_dropped(seq.start // block_size)
-    for group, table in enumerate(seq.block_tables):
-        first = num_dropped if group >= groups.num_full else 0
-        rows[group, first:num] = table[first:num]
+def _tables(
+    chunks: Sequence[Chunk],
+    seq_lens: Sequence[int],
+    shape: tuple[int, int, int],
+    block_size: int,
+    groups: KVGroups,
+) -> NDArray[np.int32]:
+    """[groups, sequences, blocks]; what was dropped, or is nobody's, is 0."""
+    tables = np.zeros(shape, dtype=np.int32)
+    for group, rows in enumerate(tables):
+        for row, (chunk, length) in enumerate(zip(chunks, seq_lens, strict=False)):
+            seq, num, first = chunk.sequence, -(-length // block_size), 0
+            if group >= groups.num_full:
+                first = groups.num_dropped(seq.start // block_size)
+            rows[row, first:num] = seq.block_tables[group][first:num]
+    return tables
 
 
 class _Flat:
