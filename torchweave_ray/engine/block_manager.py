@@ -81,18 +81,17 @@ class BlockManager:
 
     def shared_prefix(self, seq: Sequence) -> Prefix:
         """At least one token is left to compute: its logits are wanted."""
-        request = seq.state.request
-        # Cached positions give no logits: a prompt is scored by computing it once.
-        is_scored = request.output_kind is OutputKind.PROMPT_LOGPROBS
-        is_unknown = is_scored and seq.state.needs_prompt_logprobs
-        if request.exclusive or request.output_kind is OutputKind.POOLED or is_unknown:
+        if not self._may_share(seq):
             return Prefix()
         return self._of_fork_source(seq) or self._cached_prefix(seq)
 
     def num_shared_tokens(self, seq: Sequence) -> int:
         """Tokens that `shared_prefix` saves it from computing."""
-        prefix = self.shared_prefix(seq)
-        return seq.num_prompt_tokens - 1 if prefix.partial else prefix.num_blocks * self.block_size
+        if not self._may_share(seq):
+            return 0
+        if self._of_fork_source(seq) is not None:
+            return seq.num_prompt_tokens - 1
+        return self._num_cached(seq) * self.block_size
 
     def sought(self, seq: Sequence, is_stored: Callable[[BlockHash], bool]) -> list[BlockHash]:
         """Hashes of the blocks that `shared_prefix` would take if the cache had, besides its own,
@@ -105,7 +104,7 @@ class BlockManager:
         return [each for _, hashes in self._hashes_of(seq, num) for each in hashes]
 
     def is_cached(self, block_hash: BlockHash) -> bool:
-        return self._pool.lookup(block_hash) is not None
+        return block_hash in self._pool
 
     def cached(self, limit: int) -> Iterator[tuple[BlockHash, int]]:
         """Blocks that nobody holds, the last used ones first."""
@@ -178,17 +177,15 @@ class BlockManager:
         """Positions old_end..new_end are computed: publish the blocks that became full, and let go
         of those that fell out of the window: steps in flight begin at new_end."""
         if self._enable_prefix_caching and not seq.state.request.exclusive:
-            self._publish(seq, old_end, new_end)
+            for index in range(old_end // self.block_size, new_end // self.block_size):
+                for group, table in enumerate(seq.block_tables):
+                    block_hash = group_hash(self._block_hash(seq, index), group)
+                    self._pool.commit(table[index], block_hash)
         num_dropped = self._groups.num_dropped(new_end // self.block_size)
         if num_dropped > seq.num_dropped_blocks:
             for table in seq.block_tables[self._groups.num_full :]:
                 self._release(table[seq.num_dropped_blocks : num_dropped])
             seq.num_dropped_blocks = num_dropped
-
-    def _publish(self, seq: Sequence, old_end: int, new_end: int) -> None:
-        for index in range(old_end // self.block_size, new_end // self.block_size):
-            for group, table in enumerate(seq.block_tables):
-                self._pool.commit(table[index], group_hash(self._block_hash(seq, index), group))
 
     def release(self, seq: Sequence, fence: int | None) -> None:
         """Empty the tables, tail first so that eviction keeps prefixes.
@@ -219,6 +216,13 @@ class BlockManager:
         holders.update(chain.from_iterable(blocks for _, blocks in self._fenced))
         self._pool.check_integrity(holders)
 
+    def _may_share(self, seq: Sequence) -> bool:
+        """Cached positions give no logits: a prompt is scored by computing it once."""
+        request = seq.state.request
+        is_scored = request.output_kind is OutputKind.PROMPT_LOGPROBS
+        is_unknown = is_scored and seq.state.needs_prompt_logprobs
+        return not (request.exclusive or request.output_kind is OutputKind.POOLED or is_unknown)
+
     def _of_fork_source(self, seq: Sequence) -> Prefix | None:
         """All of the prompt but its last token; None: nobody has it."""
         source, end = seq.fork_source, seq.num_prompt_tokens - 1
@@ -235,32 +239,32 @@ class BlockManager:
         )
 
     def _cached_prefix(self, seq: Sequence) -> Prefix:
-        num = self._num_found(seq, self.is_cached) if self._enable_prefix_caching else 0
+        num = self._num_cached(seq)
         tables = (
             [0] * first + [block for block in map(self._pool.lookup, hashes) if block is not None]
             for first, hashes in self._hashes_of(seq, num)
         )
         return Prefix(num, self._groups.num_dropped(num), tuple(tables))
 
+    def _num_cached(self, seq: Sequence) -> int:
+        return self._num_found(seq, self.is_cached) if self._enable_prefix_caching else 0
+
     def _num_found(self, seq: Sequence, is_there: Callable[[BlockHash], bool]) -> int:
         """Blocks of the longest start that a sequence can go on from: full groups need all of it,
         sliding ones what is not behind the window then."""
         groups = self._groups
-        full, sliding = range(groups.num_full), range(groups.num_full, groups.num)
-
-        def is_whole(index: int, groups: range) -> bool:
-            block_hash = self._block_hash(seq, index)
-            return all(is_there(group_hash(block_hash, group)) for group in groups)
-
-        most = (len(seq.token_ids) - 1) // self.block_size
-        end = 0 if full else most
-        while end < most and full and is_whole(end, full):
-            end += 1
+        end = (len(seq.token_ids) - 1) // self.block_size
+        for group in range(groups.num_full):
+            num = 0
+            while num < end and is_there(group_hash(self._block_hash(seq, num), group)):
+                num += 1
+            end = num
+        sliding = range(groups.num_full, groups.num)
         first = end if sliding else 0
         while first > groups.num_dropped(end):
             first -= 1
-            if not is_whole(first, sliding):
-                end = first
+            hashes = [group_hash(self._block_hash(seq, first), group) for group in sliding]
+            end = end if all(map(is_there, hashes)) else first
         return end
 
     def _hashes_of(self, seq: Sequence, num: int) -> Iterator[tuple[int, list[BlockHash]]]:

@@ -37,6 +37,10 @@ class BlockPool:
         self._ref_counts[block] = 1
         return block
 
+    def __contains__(self, block_hash: object) -> bool:
+        """Whether some block holds this content."""
+        return block_hash in self._by_hash
+
     def lookup(self, block_hash: BlockHash) -> int | None:
         """The block that holds this content, held or free."""
         return self._by_hash.get(block_hash)
