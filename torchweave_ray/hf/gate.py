@@ -34,7 +34,7 @@ def find_out(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) 
     try:
         model_class = _model_class(name, config)
         hf_config = make_config(config)
-        shape = _probe(model_class, hf_config)
+        shapes = _probe(model_class, hf_config)
     except ArtifactError as error:
         raise ArtifactError(
             f"{CONFIG}: architectures = {names!r} is not supported: {error}. Supported: "
@@ -44,6 +44,7 @@ def find_out(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) 
     positions = getattr(hf_config, "max_position_embeddings", None)
     if type(positions) is not int:
         raise ArtifactError(f"{CONFIG}: max_position_embeddings = {positions!r} is not known")
+    shape = shapes[0]
     return {
         "vocab_size": hf_config.vocab_size,
         "hidden_size": hf_config.hidden_size,
@@ -52,6 +53,7 @@ def find_out(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) 
         "num_kv_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "max_position_embeddings": positions,
+        "sliding_windows": [each.sliding_window for each in shapes],
         "tensors": {name: list(dims) for name, dims in sorted(tensors.items())},
     }
 
@@ -82,7 +84,7 @@ def _model_class(name: object, config: Mapping[str, Any]) -> Any:
     return model_class
 
 
-def _probe(model_class: Any, config: Any) -> AttentionShape:
+def _probe(model_class: Any, config: Any) -> list[AttentionShape]:
     """One token through every layer, without weights."""
     if unknown := set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES:
         raise ArtifactError(f"it has layers of type {', '.join(sorted(unknown))}")
@@ -102,4 +104,4 @@ def _probe(model_class: Any, config: Any) -> AttentionShape:
     kinds = {(s.num_heads, s.num_kv_heads, s.head_dim) for s in probe.shapes.values()}
     if len(kinds) != 1:
         raise ArtifactError("its layers have attention of different shapes")
-    return probe.shapes[0]
+    return [probe.shapes[layer] for layer in range(config.num_hidden_layers)]

@@ -184,7 +184,6 @@ def largest_steps(
 
 
 def grouping_of(model: ModelConfig, config: EngineConfig, step_depth: int = 0) -> Grouping:
-    """Of a model that transformers runs: one group, for nothing is known of its layers."""
     sliding = model.sliding_layers or (False,) * model.num_layers
     longest = config.max_model_len or model.max_position_embeddings
     chunk = config.scheduler.max_num_batched_tokens or max(_CHUNK, config.scheduler.step_tokens)

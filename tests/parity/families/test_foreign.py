@@ -32,11 +32,16 @@ SHAPE: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "Olmo2ForCausalLM": {"model_type": "olmo2"},
+    "Olmo3ForCausalLM": {"model_type": "olmo3", "sliding_window": 12, "num_hidden_layers": 4},
     "CohereForCausalLM": {"model_type": "cohere"},
     "MixtralForCausalLM": {"model_type": "mixtral", "sliding_window": 12},
     "GPT2LMHeadModel": {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4,
                         "n_positions": 256},
 }  # fmt: skip
+
+
+GROUPS = {"Olmo3ForCausalLM": (1, 3), "MixtralForCausalLM": (0, 1)}
+"""Full and sliding ones."""
 
 
 def _checkpoint(folder: Path, name: str, seed: int = 0, **keys: Any) -> Path:
@@ -84,6 +89,8 @@ def test_greedy_ids_are_those_of_transformers(
         LLM(artifact, max_model_len=128, scheduler={"max_num_batched_tokens": 32}) as llm,
     ):
         assert llm.info.executor == "transformers"
+        groups = llm._loaded.runner.limits.groups
+        assert (groups.num_full, groups.num_sliding) == GROUPS.get(name, (1, 0))
         assert [list(c.token_ids) for c in llm.generate(prompts, greedy)] == wanted
         llm.sleep()
         assert [list(c.token_ids) for c in llm.generate(prompts, greedy)] == wanted

@@ -34,5 +34,22 @@ def read_foreign(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **shape,
         "max_position_embeddings": integer(found, "max_position_embeddings", where=KEY),
+        **_sliding(found, shape["num_layers"]),
         "foreign": ForeignConfig(shapes, {k: v for k, v in config.items() if k != KEY}),
+    }
+
+
+def _sliding(found: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Which layers slide, and over how much at most. One staged before this was asked tells not."""
+    windows = found.get("sliding_windows")
+    if windows is None:
+        return {}
+    if not isinstance(windows, list) or len(windows) != num_layers:
+        raise refused(f"{KEY}.sliding_windows", windows, f"must list {num_layers} layers")
+    for window in windows:
+        if window is not None and (type(window) is not int or window < 1):
+            raise refused(f"{KEY}.sliding_windows", window, "must be positions, or null for all")
+    return {
+        "sliding_window": max((window for window in windows if window), default=None),
+        "sliding_layers": tuple(window is not None for window in windows),
     }

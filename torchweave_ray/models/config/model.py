@@ -104,7 +104,7 @@ class ModelConfig:
     is_stored_fused: bool = False
     """A checkpoint has qkv_proj and gate_up_proj as we do."""
     foreign: ForeignConfig | None = None
-    """transformers computes it; of what stands here only the shape counts."""
+    """transformers computes it; of what stands here the shape and the windows count."""
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
