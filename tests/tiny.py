@@ -18,15 +18,12 @@ from torch import Tensor
 from torchweave_ray.models.artifact import (
     CONFIG,
     GENERATION_CONFIG,
-    MANIFEST,
     TOKENIZER,
     TOKENIZER_CONFIG,
     WEIGHTS,
-    FileEntry,
     Manifest,
-    compute_artifact_id,
+    complete_artifact,
     file_sha256,
-    seal,
 )
 from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import LAYOUT, fuse, fused_tensors
@@ -127,23 +124,12 @@ def make_tiny_artifact(
     }
     (directory / WEIGHTS).unlink()  # `sources` still maps the old file
     save_file(fused, directory / WEIGHTS)
-    files = {
-        name: FileEntry(file_sha256(directory / name), (directory / name).stat().st_size)
-        for name in (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS)
-    }
-    recipe = {"source": "tiny", "dtype": str(dtype).removeprefix("torch.")}
-    manifest = Manifest(
-        artifact_id=compute_artifact_id(source_sha256, recipe, files),
-        source="tiny",
-        source_sha256=source_sha256,
-        architecture=config.architecture,
-        dtype=recipe["dtype"],
-        layout=LAYOUT,
-        files=files,
-        recipe=recipe,
+    name = str(dtype).removeprefix("torch.")
+    recipe = {"source": "tiny", "dtype": name}
+    draft = Manifest(
+        "", "tiny", source_sha256, config.architecture, name, LAYOUT, {}, recipe=recipe
     )
-    (directory / MANIFEST).write_text(manifest.to_json())
-    seal(directory, manifest)
+    complete_artifact(directory, draft)
     return directory
 
 

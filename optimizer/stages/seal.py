@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from optimizer.progress import Progress
 from optimizer.store import link_file
-from torchweave_ray.models.artifact import (
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    compute_artifact_id,
-    file_sha256,
-    seal,
-)
+from torchweave_ray.models.artifact import Manifest, complete_artifact
 
 
 @dataclass(frozen=True)
@@ -35,15 +28,6 @@ class SealStage:
         folder.mkdir()
         paths = sorted(path for path in (work / "pack").iterdir() if path.is_file())
         self.progress.expect(sum(path.stat().st_size for path in paths))
-        files = {}
         for path in paths:
-            copy = folder / path.name
-            link_file(path, copy)
-            size = copy.stat().st_size
-            files[path.name] = FileEntry(file_sha256(copy), size)
-            self.progress.advance(size)
-        artifact_id = compute_artifact_id(manifest.source_sha256, manifest.recipe, files)
-        sealed = replace(manifest, files=files, artifact_id=artifact_id)
-        (folder / MANIFEST).write_text(sealed.to_json())
-        seal(folder, sealed)
-        return sealed
+            link_file(path, folder / path.name)
+        return complete_artifact(folder, manifest, self.progress.advance)

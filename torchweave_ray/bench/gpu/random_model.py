@@ -15,15 +15,11 @@ from torch import Tensor
 
 from torchweave_ray.models.artifact import (
     CONFIG,
-    MANIFEST,
     TOKENIZER,
     TOKENIZER_CONFIG,
     WEIGHTS,
-    FileEntry,
     Manifest,
-    compute_artifact_id,
-    file_sha256,
-    seal,
+    complete_artifact,
 )
 from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import LAYOUT, fused_tensors
@@ -88,28 +84,13 @@ def make_artifact(folder: Path, hf_config: Mapping[str, Any], dtype: torch.dtype
     folder.mkdir(parents=True, exist_ok=True)
     name = str(dtype).removeprefix("torch.")
     config = ModelConfig.from_hf(dict(hf_config))
-    documents = {CONFIG: {**hf_config, "dtype": name}, TOKENIZER_CONFIG: {}}
-    for document, values in documents.items():
-        (folder / document).write_text(json.dumps(values))
+    (folder / CONFIG).write_text(json.dumps({**hf_config, "dtype": name}))
+    (folder / TOKENIZER_CONFIG).write_text("{}")
     _tokenizer(config.vocab_size).save(str(folder / TOKENIZER))
     save_file(_weights(config, dtype), folder / WEIGHTS)
-    files = {
-        each: FileEntry(file_sha256(folder / each), (folder / each).stat().st_size)
-        for each in (*documents, TOKENIZER, WEIGHTS)
-    }
     recipe = {"source": "random", "dtype": name}
-    manifest = Manifest(
-        artifact_id=compute_artifact_id("0" * 64, recipe, files),
-        source="random",
-        source_sha256="0" * 64,
-        architecture=config.architecture,
-        dtype=name,
-        layout=LAYOUT,
-        files=files,
-        recipe=recipe,
-    )
-    (folder / MANIFEST).write_text(manifest.to_json())
-    seal(folder, manifest)
+    draft = Manifest("", "random", "0" * 64, config.architecture, name, LAYOUT, {}, recipe=recipe)
+    complete_artifact(folder, draft)
     return folder
 
 

@@ -6,9 +6,9 @@ one that is in use from being deleted. `docs/optimizer.md` has the layout of the
 
 from torchweave_ray.models.artifact.checks import (
     MANIFEST_SCHEMA,
+    complete_artifact,
     read_manifest,
     read_report,
-    seal,
     verify_artifact,
     write_report,
 )
@@ -23,9 +23,7 @@ from torchweave_ray.models.artifact.manifest import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     WEIGHTS,
-    FileEntry,
     Manifest,
-    compute_artifact_id,
     file_sha256,
 )
 
@@ -40,16 +38,14 @@ __all__ = [
     "TOKENIZER",
     "TOKENIZER_CONFIG",
     "WEIGHTS",
-    "FileEntry",
     "Lease",
     "Manifest",
     "claim_artifact",
-    "compute_artifact_id",
+    "complete_artifact",
     "file_sha256",
     "hold_artifact",
     "read_manifest",
     "read_report",
-    "seal",
     "verify_artifact",
     "write_report",
 ]

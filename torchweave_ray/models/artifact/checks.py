@@ -1,14 +1,15 @@
 """Whether a folder is a whole artifact: every file by hash, or by what the last whole check saw.
 
 Whole hashes are taken when publishing and fetching; a start compares size, mtime and inode with
-what `seal` recorded then, so that it reads no weights twice. The small documents are always whole.
+what was recorded then, so that it reads no weights twice. The small documents are always whole.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from torchweave_ray.models.artifact.manifest import (
     MANIFEST,
     REPORT,
     SEAL,
+    FileEntry,
     Manifest,
     check_signed,
+    compute_artifact_id,
     file_sha256,
     signed_json,
 )
@@ -77,7 +80,7 @@ def verify_artifact(
     if full and manifest.format_version >= 2 and (directory / REPORT).exists():
         _checked_report(directory)
     if fresh and not elsewhere:
-        seal(directory, manifest)
+        _seal(directory, manifest)
     return manifest
 
 
@@ -100,7 +103,25 @@ def read_report(directory: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def seal(directory: Path, manifest: Manifest) -> None:
+def complete_artifact(
+    directory: Path, manifest: Manifest, advance: Callable[[int], None] = lambda num_bytes: None
+) -> Manifest:
+    """Make the folder a whole artifact: hash its files into `files`, from them `artifact_id`, write
+    the manifest and seal. `advance`: hears of bytes as they are hashed."""
+    files = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name not in (MANIFEST, REPORT):
+            size = path.stat().st_size
+            files[path.name] = FileEntry(file_sha256(path), size)
+            advance(size)
+    artifact_id = compute_artifact_id(manifest.source_sha256, manifest.recipe, files)
+    manifest = replace(manifest, files=files, artifact_id=artifact_id)
+    (directory / MANIFEST).write_text(manifest.to_json())
+    _seal(directory, manifest)
+    return manifest
+
+
+def _seal(directory: Path, manifest: Manifest) -> None:
     """Remember size, mtime and inode of files just hashed. A read-only folder is left unsealed."""
     identities = {name: _identity(directory / name) for name in manifest.files}
     try:
