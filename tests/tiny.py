@@ -56,6 +56,14 @@ TINY_CONFIG: dict[str, Any] = {
     "pad_token_id": EOS_TOKEN_ID,
     "dtype": "float32",
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True, "vocab_size": 307},
+    "odd": {"hidden_size": 48, "intermediate_size": 75, "num_attention_heads": 3,
+            "num_key_value_heads": 3},
+    "biased": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+}  # fmt: skip
+"""Overrides of that config, for what packs or rounds weights."""
 _TEXT = (
     "Gravity is the force by which a planet or other body draws objects toward its center. "
     "The force of gravity keeps all of the planets in orbit around the sun. What is a star? "
@@ -131,6 +139,13 @@ def make_tiny_artifact(
     )
     complete_artifact(directory, draft)
     return directory
+
+
+def model_options(artifact: Path) -> list[str]:
+    """Of a command: `--model` and, written beside it, `--engine` with little memory."""
+    engine = artifact.parent / "engine.yaml"
+    engine.write_text("{max_model_len: 256, cache: {kv_memory: 4194304}, runner: {threads: 1}}")
+    return ["--model", str(artifact), "--engine", str(engine)]
 
 
 def _random_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:

@@ -17,21 +17,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.tiny import make_tiny_artifact
+from tests.tiny import make_tiny_artifact, model_options
 from torchweave_ray.batch.journal import Journal
 from torchweave_ray.batch.lines import BadLine, BatchRequest, parse_line, read_lines
 from torchweave_ray.cli.app import build_app
 from torchweave_ray.errors import ConfigError
 
-ENGINE = "{max_model_len: 256, cache: {kv_memory: 4194304}, runner: {threads: 1}}"
 PROMPT = "the quick brown fox"
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_artifact(tmp_path_factory.mktemp("models") / "tiny")
-    (folder.parent / "engine.yaml").write_text(ENGINE)
-    return folder
+    return make_tiny_artifact(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def line(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -54,8 +51,7 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 
 def run(artifact: Path, source: Path, output: Path, *args: str) -> Result:
-    engine = str(artifact.parent / "engine.yaml")
-    common = [str(source), str(output), "--model", str(artifact), "--engine", engine]
+    common = [str(source), str(output), *model_options(artifact)]
     return CliRunner().invoke(build_app(), ["batch", *common, *args])
 
 
@@ -135,9 +131,8 @@ def test_a_killed_run_goes_on_where_it_was(artifact: Path, tmp_path: Path) -> No
     lines = [completion(f"line-{i}", max_tokens=60, ignore_eos=True, seed=i) for i in range(60)]
     source, output = write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
     part = tmp_path / "out.jsonl.part"
-    args = [str(source), str(output), "--model", str(artifact), "--concurrency", "3"]
-    engine = ["--engine", str(artifact.parent / "engine.yaml")]
-    command = [sys.executable, "-m", "torchweave_ray.cli", "batch", *args, *engine]
+    args = [str(source), str(output), *model_options(artifact), "--concurrency", "3"]
+    command = [sys.executable, "-m", "torchweave_ray.cli", "batch", *args]
     entries: list[str] = []
     for _ in range(2):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

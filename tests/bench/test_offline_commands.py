@@ -8,24 +8,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.tiny import make_tiny_artifact
+from tests.tiny import make_tiny_artifact, model_options
 from torchweave_ray.cli.app import build_app
 from torchweave_ray.llm import LLM
 from torchweave_ray.sampling_params import SamplingParams
 
-ENGINE = "{max_model_len: 256, cache: {kv_memory: 4194304}, runner: {threads: 1}}"
-
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_artifact(tmp_path_factory.mktemp("models") / "tiny")
-    (folder.parent / "engine.yaml").write_text(ENGINE)
-    return folder
+    return make_tiny_artifact(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def _run(artifact: Path, *args: str, stdin: str | None = None) -> Result:
-    common = ["--model", str(artifact), "--engine", str(artifact.parent / "engine.yaml")]
-    return CliRunner().invoke(build_app(), [*args, *common], input=stdin)
+    return CliRunner().invoke(build_app(), [*args, *model_options(artifact)], input=stdin)
 
 
 def test_generate_streams_what_llm_generates(artifact: Path) -> None:

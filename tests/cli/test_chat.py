@@ -16,13 +16,11 @@ from tests.cli.pseudo_terminal import terminal
 from tests.fakes import Script
 from tests.overload.server import until
 from tests.smollm2 import staged_smollm2
-from tests.tiny import make_tiny_artifact
+from tests.tiny import make_tiny_artifact, model_options
 from torchweave_ray.cli.app import build_app
 from torchweave_ray.cli.chat.conversation import CommandError, Conversation, Leave
 from torchweave_ray.cli.chat.screens import split_blocks
 from torchweave_ray.errors import Overloaded
-
-ENGINE = "{max_model_len: 256, cache: {kv_memory: 4194304}, runner: {threads: 1}}"
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +195,11 @@ def test_no_server_is_one_line(url: str, said: str) -> None:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_artifact(tmp_path_factory.mktemp("models") / "tiny")
-    (folder.parent / "engine.yaml").write_text(ENGINE)
-    return folder
+    return make_tiny_artifact(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def test_in_process_it_remembers_what_was_said(artifact: Path) -> None:
-    args = ["--model", str(artifact), "--engine", str(artifact.parent / "engine.yaml")]
-    args += ["--max-tokens", "4", "--temperature", "0", "--json"]
+    args = [*model_options(artifact), "--max-tokens", "4", "--temperature", "0", "--json"]
     result = _chat(
         *args, stdin="/params ignore_eos=true\nWhat is a star?\nAnd a sun?\n/params top_k=-7\nHi\n"
     )

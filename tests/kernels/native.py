@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.parity.paged import PagedDecoder, Text
+from tests.parity.paged import PagedDecoder, Text, random_texts
 from torchweave_ray.kernels.library import Library
 from torchweave_ray.kernels.packing import PackedLinear, pack_linear
 from torchweave_ray.kernels.quantization import QuantizedFormat, quantize
@@ -62,11 +62,6 @@ class NativeDecoder(PagedDecoder):
         self, chunks: Sequence[tuple[Text, int]], adapters: Sequence[object] = ()
     ) -> list[Tensor]:
         return [logits.clone() for logits in super().step(chunks, adapters)]
-
-
-def random_texts(*lengths: int, vocab: int = 300) -> list[list[int]]:
-    draw = random.Random(sum(lengths))
-    return [[draw.randrange(3, vocab) for _ in range(n)] for n in lengths]
 
 
 def assert_near_torch(artifact: Path, library: Library) -> None:

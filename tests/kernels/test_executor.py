@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ from tests.kernels.native import (
     assert_near_torch,
     assert_same_bits_in_any_batch,
     quantized_weights,
-    random_texts,
 )
-from tests.parity.paged import PagedDecoder, Text
-from tests.tiny import make_tiny_artifact
+from tests.parity.paged import PagedDecoder, Text, random_texts
+from tests.tiny import VARIANTS, make_tiny_artifact
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.library import ISA_VARIABLE, Library
@@ -33,18 +31,10 @@ from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.weights import load_weights
 from torchweave_ray.sampling_params import SamplingParams
 
-MODELS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True, "vocab_size": 307},
-    "odd": {"hidden_size": 48, "intermediate_size": 75, "num_attention_heads": 3,
-            "num_key_value_heads": 3},
-    "biased": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
-}  # fmt: skip
 
-
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(params=list(VARIANTS))
 def artifact(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS[request.param])
+    return make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **VARIANTS[request.param])
 
 
 def test_logits_are_those_of_the_torch_executor(artifact: Path, library: Library) -> None:
@@ -67,7 +57,7 @@ def test_hidden_states_are_those_of_the_torch_executor(artifact: Path, library: 
 def test_quantized_logits_are_those_of_the_weights_they_stand_for(
     tmp_path: Path, library: Library, name: str
 ) -> None:
-    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS["biased"])
+    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **VARIANTS["biased"])
     formats = FORMATS[name]
     texts = random_texts(1, 30, 70)
     exact = PagedDecoder(artifact)
@@ -88,7 +78,7 @@ def test_quantized_logits_are_those_of_the_weights_they_stand_for(
 def test_quantized_rows_have_the_same_bits_in_any_batch(
     tmp_path: Path, library: Library, name: str
 ) -> None:
-    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **MODELS["tied"])
+    artifact = make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **VARIANTS["tied"])
     assert_same_bits_in_any_batch(artifact, library, FORMATS[name])
 
 

@@ -14,9 +14,8 @@ from tests.kernels.native import (
     assert_near_torch,
     assert_same_bits_in_any_batch,
     quantized_weights,
-    random_texts,
 )
-from tests.parity.paged import CPU, PagedDecoder, Text
+from tests.parity.paged import CPU, PagedDecoder, Text, random_texts
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.kernels.library import KernelsUnavailable, Library, load_library

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.families import FAMILIES
-from tests.kernels.native import FORMATS, NativeDecoder, random_texts
+from tests.kernels.native import FORMATS, NativeDecoder
 from tests.lora.adapters import ATTENTION, MLP, fitted, make_adapter
-from tests.parity.families.test_families import assert_close, reference
-from tests.parity.paged import PagedDecoder, Text
+from tests.parity.families.test_families import reference
+from tests.parity.paged import PagedDecoder, Text, assert_close, random_texts
 from tests.tiny import make_checkpoint, make_tiny_artifact
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.library import KernelsUnavailable, Library, load_library

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from optimizer.pipeline import optimize
 from optimizer.recipe import Recipe
-from tests.tiny import make_checkpoint, make_tiny_artifact
+from tests.tiny import VARIANTS, make_checkpoint, make_tiny_artifact
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.library import ISA_VARIABLE, KernelsUnavailable, load_library
 from torchweave_ray.kernels.packing import PackedLinear
@@ -30,13 +30,6 @@ from torchweave_ray.models.weights import load_weights, map_packed
 from torchweave_ray.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
-MODELS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True, "vocab_size": 307},
-    "odd": {"hidden_size": 48, "intermediate_size": 75, "num_attention_heads": 3,
-            "num_key_value_heads": 3},
-    "biased": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
-}  # fmt: skip
 
 
 def _has_kernels() -> bool:
@@ -51,7 +44,7 @@ needs_kernels = pytest.mark.skipif(not _has_kernels(), reason="no native kernels
 
 
 def _stage(tmp_path: Path, name: str = "plain", **recipe: Any) -> Path:
-    source = make_checkpoint(tmp_path / name, **MODELS[name])
+    source = make_checkpoint(tmp_path / name, **VARIANTS[name])
     given = {"dtype": "bfloat16", "verify": "none", **recipe}
     return optimize(Recipe(name, str(source), **given), tmp_path / "store")
 
@@ -60,7 +53,7 @@ def _config(artifact: Path) -> ModelConfig:
     return ModelConfig.from_hf(read_hf_config(artifact))
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(VARIANTS))
 def test_the_kernels_use_every_weight_where_it_is_mapped(tmp_path: Path, name: str) -> None:
     artifact = _stage(tmp_path, name)
     manifest = verify_artifact(artifact, full=True)
@@ -81,10 +74,10 @@ def test_the_kernels_use_every_weight_where_it_is_mapped(tmp_path: Path, name: s
     assert kept == {t.data_ptr() for t in [*packed, *rows]}, "a weight was packed or copied at load"
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(VARIANTS))
 def test_unpacking_gives_what_was_fused(tmp_path: Path, name: str) -> None:
     artifact = _stage(tmp_path, name)
-    direct = make_tiny_artifact(tmp_path / "direct", dtype=torch.bfloat16, **MODELS[name])
+    direct = make_tiny_artifact(tmp_path / "direct", dtype=torch.bfloat16, **VARIANTS[name])
     expected = load_weights(direct, _config(direct), torch.bfloat16, CPU)
     actual = load_weights(artifact, _config(artifact), torch.bfloat16, CPU)
     assert actual.keys() == expected.keys()

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimizer.pipeline import optimize
-from optimizer.progress import SilentProgress
 from optimizer.recipe import Recipe
+from tests.optimizer.conftest import Recorder
 from tests.tiny import CHAT_TEMPLATE, make_checkpoint, make_tiny_artifact
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import read_manifest, verify_artifact
@@ -22,19 +22,6 @@ from torchweave_ray.models.config import ModelConfig, read_hf_config
 from torchweave_ray.models.weights import load_weights
 
 CPU = torch.device("cpu")
-
-
-class Recorder(SilentProgress):
-    def __init__(self) -> None:
-        self.started: list[str] = []
-
-    def start(self, stage: str) -> None:
-        self.started.append(stage)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
 
 
 def _weights(artifact: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

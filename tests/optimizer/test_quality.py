@@ -17,16 +17,11 @@ from optimizer.recipe import Bars, Recipe, load_recipe
 from optimizer.stages import pack
 from optimizer.stages.verify import missed_bars
 from tests.parity.paged import PagedDecoder
-from tests.tiny import make_checkpoint, make_tiny_artifact
+from tests.tiny import make_tiny_artifact
 from torchweave_ray.errors import ArtifactError, ConfigError
 from torchweave_ray.models.tensors import FusedTensor
 
 GOOD = Quality(1000, "native", 0.0002, 0.01, 0.99, 20.1, 20.0)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
 
 
 def _quality(artifact: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from optimizer.pipeline import optimize
 from optimizer.quantization import INT4, INT8, Quantization
 from optimizer.recipe import Bars, Recipe
 from tests.optimizer.gguf_files import make_gguf
-from tests.tiny import make_checkpoint
+from tests.tiny import VARIANTS, make_checkpoint
 from torchweave_ray.errors import ArtifactError, ConfigError
 from torchweave_ray.kernels.library import ISA_VARIABLE
 from torchweave_ray.kernels.packing import PackedLinear
@@ -33,13 +33,6 @@ from torchweave_ray.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.1.mlp.down_proj.weight"
-MODELS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True, "vocab_size": 307},
-    "odd": {"hidden_size": 48, "intermediate_size": 75, "num_attention_heads": 3,
-            "num_key_value_heads": 3},
-    "biased": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
-}  # fmt: skip
 
 
 def _stage(tmp_path: Path, source: Path, quantization: Quantization, **recipe: Any) -> Path:
@@ -63,11 +56,11 @@ def _fused_source(source: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("quantization", [INT8, INT4], ids=["int8", "int4"])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(VARIANTS))
 def test_weights_are_the_rounded_source(
     tmp_path: Path, name: str, quantization: Quantization
 ) -> None:
-    source = make_checkpoint(tmp_path / name, **MODELS[name])
+    source = make_checkpoint(tmp_path / name, **VARIANTS[name])
     artifact = _stage(tmp_path, source, quantization)
     manifest = verify_artifact(artifact, full=True)
     expected = {"layers": quantization.layers, "head": quantization.head}
@@ -152,9 +145,9 @@ def test_skipped_tensors_stay_as_they_are(tmp_path: Path) -> None:
         _stage(tmp_path, source, Quantization(layers="int8", skip=("layers.7.*",)))
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(VARIANTS))
 def test_codes_and_scales_are_mapped_where_they_lie(tmp_path: Path, name: str) -> None:
-    artifact = _stage(tmp_path, make_checkpoint(tmp_path / name, **MODELS[name]), INT4)
+    artifact = _stage(tmp_path, make_checkpoint(tmp_path / name, **VARIANTS[name]), INT4)
     stored = map_packed(artifact, _config(artifact))
     packed = [t for t in stored.values() if isinstance(t, PackedLinear)]
     assert {t.format for t in packed} == {"int4-group32", "int8-group32"}

@@ -25,11 +25,6 @@ from torchweave_ray.errors import ArtifactError, ConfigError
 from torchweave_ray.models.artifact import read_report, verify_artifact
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
-
-
 def test_without_ray_it_is_a_plain_call(tmp_path: Path, source: Path) -> None:
     staged = ensure_staged(str(source), tmp_path / "store")
     assert staged == stage_artifact(str(source), tmp_path / "store")

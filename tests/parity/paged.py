@@ -82,6 +82,17 @@ def on_device(held: T, device: torch.device) -> T:
     return replace(held, **tensors)
 
 
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    worst = ((got - expected).abs().max() / expected.abs().max()).item()
+    assert worst <= 1e-4, worst
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def random_texts(*lengths: int, vocab: int = 300) -> list[list[int]]:
+    draw = random.Random(sum(lengths))
+    return [[draw.randrange(3, vocab) for _ in range(n)] for n in lengths]
+
+
 class PagedDecoder:
     """An artifact on the torch executor with a cache of its own."""
 

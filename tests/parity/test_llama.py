@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity.paged import PagedDecoder, Text, make_inputs
+from tests.parity.paged import PagedDecoder, Text, assert_close, make_inputs
 from tests.tiny import make_checkpoint, make_tiny_artifact
 
 LLAMA3 = {
@@ -65,12 +65,6 @@ def _expected(model: Any, texts: list[list[int]]) -> list[Tensor]:
     return [model(torch.tensor([text])).logits[0] for text in texts]
 
 
-def _assert_close(got: Tensor, expected: Tensor) -> None:
-    worst = ((got - expected).abs().max() / expected.abs().max()).item()
-    assert worst <= 1e-4, worst
-    assert torch.equal(got.argmax(-1), expected.argmax(-1))
-
-
 def _run_in_chunks(decoder: PagedDecoder, texts: list[list[int]], seed: int) -> list[Tensor]:
     """Every step takes some sequences, with one token or a chunk each, until all are through."""
     draw = random.Random(seed)
@@ -93,7 +87,7 @@ def test_whole_prompts_equal_transformers(both: Any) -> None:
     decoder = PagedDecoder(artifact)
     got = decoder.step([(Text(text), len(text)) for text in texts])
     for logits, expected in zip(got, _expected(model, texts), strict=True):
-        _assert_close(logits, expected)
+        assert_close(logits, expected)
 
 
 def test_random_chunks_and_decodes_equal_transformers(both: Any) -> None:
@@ -103,7 +97,7 @@ def test_random_chunks_and_decodes_equal_transformers(both: Any) -> None:
     for seed, block_size in ((0, 8), (1, 1), (2, 16)):
         decoder = PagedDecoder(artifact, 240 // block_size + 8, block_size, seed=seed)
         for logits, wanted in zip(_run_in_chunks(decoder, texts, seed), expected, strict=True):
-            _assert_close(logits, wanted)
+            assert_close(logits, wanted)
 
 
 def test_greedy_ids_equal_transformers_alone_and_in_a_crowd(both: Any) -> None:

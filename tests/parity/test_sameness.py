@@ -124,7 +124,7 @@ def test_the_answers_are_the_same(
         assert llm.stats().num_free_blocks == llm.stats().num_blocks
 
 
-def _run(engine: Engine, *requests: GenerateRequest) -> list[RequestOutput]:
+def run(engine: Engine, *requests: GenerateRequest) -> list[RequestOutput]:
     outputs: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
     for request in requests:
         engine.add(request)
@@ -147,8 +147,8 @@ def _request(name: str, index: int, sampling: SamplingParams, **kwargs: Any) -> 
 
 def test_choice_i_is_what_seed_plus_i_gives_alone(folder: Path) -> None:
     engine = _engine(folder)
-    (forked,) = _run(engine, _request("n", 5, replace(SEEDED, seed=40), n=4))
-    alone = [_run(engine, _request("a", 5, replace(SEEDED, seed=40 + i)))[0] for i in range(4)]
+    (forked,) = run(engine, _request("n", 5, replace(SEEDED, seed=40), n=4))
+    alone = [run(engine, _request("a", 5, replace(SEEDED, seed=40 + i)))[0] for i in range(4)]
     assert [d.token_ids for d in forked.deltas] == [a.deltas[0].token_ids for a in alone]
     assert len({d.token_ids for d in forked.deltas}) == 4
     engine.close()
@@ -159,12 +159,12 @@ def test_a_resumed_and_an_exclusive_request_go_on_alike(
 ) -> None:
     engine = _engine(folder)
     sampling = _seeded_params()[5]
-    (whole,) = _run(engine, _request("w", 5, sampling))
+    (whole,) = run(engine, _request("w", 5, sampling))
     assert list(whole.deltas[0].token_ids) == seeded[5]
     resumed = [
         _request(f"r{k}", 5, sampling, output_token_ids=tuple(seeded[5][:k])) for k in (1, 7, 23)
     ]
-    crowd = _run(engine, *resumed, _request("x", 5, sampling, exclusive=True))
+    crowd = run(engine, *resumed, _request("x", 5, sampling, exclusive=True))
     for k, output in zip((1, 7, 23, 0), crowd, strict=True):
         assert list(output.deltas[0].token_ids) == seeded[5][k:]
     engine.close()
@@ -181,7 +181,7 @@ def test_prompt_logprobs_and_pooling_equal_transformers(folder: Path, chunk: int
         hidden = model.model(prompt).last_hidden_state[0]
     engine = _engine(folder, scheduler={"max_num_seqs": 4, "max_num_batched_tokens": chunk})
     sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=3)
-    scored, pooled, mean, _ = _run(
+    scored, pooled, mean, _ = run(
         engine,
         _request("s", 6, sampling, output_kind=OutputKind.PROMPT_LOGPROBS),
         _request("p", 6, sampling, output_kind=OutputKind.POOLED),

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.parity.test_sameness import BLOCK_BYTES
+from tests.parity.test_sameness import BLOCK_BYTES, run
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine
 from torchweave_ray.errors import InvalidRequest
 from torchweave_ray.llm import LLM
-from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
+from torchweave_ray.outputs import GenerateRequest
 from torchweave_ray.sampling_params import SamplingParams, ThinkingBudget
 from torchweave_ray.tokenizer import load_tokenizer
 from torchweave_ray.tokenizer.grammar import GrammarSpec
@@ -40,18 +40,8 @@ def _engine(artifact: Path, **options: Any) -> Engine:
     return build_engine(load_model(artifact, config), config, load_tokenizer(artifact))
 
 
-def _run(engine: Engine, *requests: GenerateRequest) -> list[RequestOutput]:
-    outputs: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-    return [merge_outputs(parts) for parts in outputs.values()]
-
-
 def _ids(engine: Engine, sampling: SamplingParams, **fields: Any) -> tuple[int, ...]:
-    (output,) = _run(engine, GenerateRequest("r", "tiny", PROMPT, sampling, **fields))
+    (output,) = run(engine, GenerateRequest("r", "tiny", PROMPT, sampling, **fields))
     return output.deltas[0].token_ids
 
 
@@ -85,7 +75,7 @@ def test_neither_preemption_nor_forks_nor_resuming_changes_it(artifact: Path) ->
     engine = _engine(artifact)
     alone = [_ids(engine, replace(LIMITED, seed=11 + i)) for i in range(3)]
     assert all(ids[6:9] == CLOSER for ids in alone)
-    (forked,) = _run(engine, GenerateRequest("n", "tiny", PROMPT, LIMITED, n=3))
+    (forked,) = run(engine, GenerateRequest("n", "tiny", PROMPT, LIMITED, n=3))
     assert [delta.token_ids for delta in forked.deltas] == alone
     for k in range(1, len(alone[0])):
         assert _ids(engine, LIMITED, output_token_ids=alone[0][:k]) == alone[0][k:]
@@ -95,7 +85,7 @@ def test_neither_preemption_nor_forks_nor_resuming_changes_it(artifact: Path) ->
     crowd = [
         GenerateRequest(f"c{i}", "tiny", PROMPT, replace(LIMITED, seed=11 + i)) for i in range(3)
     ]
-    assert [output.deltas[0].token_ids for output in _run(small, *crowd)] == alone
+    assert [output.deltas[0].token_ids for output in run(small, *crowd)] == alone
     assert small.stats().num_preemptions > 0
     small.close()
 

@@ -12,27 +12,18 @@ import fsspec
 import pytest
 
 from optimizer.pipeline import optimize
-from optimizer.progress import SilentProgress
 from optimizer.recipe import Recipe
 from optimizer.remote_store import RemoteStore, open_places
 from optimizer.store import Store
 from optimizer.task import ensure_staged
+from tests.optimizer.conftest import Recorder
 from tests.tiny import make_checkpoint
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import MANIFEST, REPORT, WEIGHTS, verify_artifact
 
 
-class Recorder(SilentProgress):
-    def __init__(self) -> None:
-        self.started: list[str] = []
-
-    def start(self, stage: str) -> None:
-        self.started.append(stage)
-
-
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    source = make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
+def recipe(source: Path) -> Recipe:
     return Recipe("tiny", str(source), verify="none")
 
 

@@ -24,11 +24,6 @@ V = "model.layers.0.self_attn.v_proj"
 SHAPES = {DOWN: (64, 128), Q: (64, 64), V: (32, 64)}
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
-
-
 def make_adapter(
     folder: Path,
     modules: tuple[str, ...] = (Q, DOWN),

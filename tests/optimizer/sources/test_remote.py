@@ -40,13 +40,8 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "tiny", num_hidden_layers=1)
-
-
-@pytest.fixture
-def web(folder: Path) -> Iterator[WebServer]:
-    with WebServer(folder) as server:
+def web(source: Path) -> Iterator[WebServer]:
+    with WebServer(source) as server:
         yield server
 
 
@@ -66,43 +61,43 @@ def _shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_a_folder_on_a_web_server(tmp_path: Path, folder: Path, web: WebServer) -> None:
-    direct = _stage(str(folder), tmp_path / "direct")
+def test_a_folder_on_a_web_server(tmp_path: Path, source: Path, web: WebServer) -> None:
+    direct = _stage(str(source), tmp_path / "direct")
     artifact = _stage(f"{web.url}/models/tiny/", tmp_path / "store")
     assert artifact.name == direct.name, "the same model by another way is the same artifact"
     manifest = read_manifest(artifact)
     assert manifest.source == f"{web.url}/models/tiny/"
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in source.iterdir())
     assert web.num_bytes == size, "each byte came once"
     report = json.loads((artifact / "report.json").read_text())
     assert report["stages"][0]["num_bytes"] == size
-    assert report["source"]["files"].keys() == {path.name for path in folder.iterdir()}
+    assert report["source"]["files"].keys() == {path.name for path in source.iterdir()}
 
 
-def test_shards_by_their_index(tmp_path: Path, folder: Path, web: WebServer) -> None:
-    _shard(folder)
-    direct = _stage(str(folder), tmp_path / "direct")
+def test_shards_by_their_index(tmp_path: Path, source: Path, web: WebServer) -> None:
+    _shard(source)
+    direct = _stage(str(source), tmp_path / "direct")
     assert _stage(f"{web.url}/tiny", tmp_path / "store").name == direct.name
 
 
 @pytest.mark.parametrize("protocol", ["memory", "local"])
-def test_folders_and_files_by_fsspec(tmp_path: Path, folder: Path, protocol: str) -> None:
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / WEIGHTS).write_bytes(b"another format")
-    (folder / "README.md").write_text("not read")
-    gguf = make_gguf(folder / "t.gguf", folder)
-    base = str(folder) if protocol == "local" else f"/{tmp_path.name}"
+def test_folders_and_files_by_fsspec(tmp_path: Path, source: Path, protocol: str) -> None:
+    (source / "onnx").mkdir()
+    (source / "onnx" / WEIGHTS).write_bytes(b"another format")
+    (source / "README.md").write_text("not read")
+    gguf = make_gguf(source / "t.gguf", source)
+    base = str(source) if protocol == "local" else f"/{tmp_path.name}"
     if protocol == "memory":
-        fsspec.filesystem(protocol).put(f"{folder}/", f"{base}/", recursive=True)
-    for name, local in (("", folder), ("/t.gguf", gguf)):
+        fsspec.filesystem(protocol).put(f"{source}/", f"{base}/", recursive=True)
+    for name, local in (("", source), ("/t.gguf", gguf)):
         direct = _stage(str(local), tmp_path / "direct")
         staged = _stage(f"{protocol}://{base}{name}", tmp_path / "store")
         assert staged.name.rpartition("-")[2] == direct.name.rpartition("-")[2]
 
 
-def test_a_file_url_is_read_in_place(tmp_path: Path, folder: Path) -> None:
-    artifact = _stage(folder.as_uri(), tmp_path / "store")
-    assert read_manifest(artifact).source == str(folder)
+def test_a_file_url_is_read_in_place(tmp_path: Path, source: Path) -> None:
+    artifact = _stage(source.as_uri(), tmp_path / "store")
+    assert read_manifest(artifact).source == str(source)
 
 
 KILLED = """
@@ -130,10 +125,10 @@ def _kill(source: str, store: Path, after: int) -> None:
     assert ran.returncode == -signal.SIGKILL, ran.stderr
 
 
-def test_a_killed_download_goes_on(tmp_path: Path, folder: Path, web: WebServer) -> None:
-    expected = _stage(str(folder), tmp_path / "direct").name.rpartition("-")[2]
+def test_a_killed_download_goes_on(tmp_path: Path, source: Path, web: WebServer) -> None:
+    expected = _stage(str(source), tmp_path / "direct").name.rpartition("-")[2]
     store, url = tmp_path / "store", f"{web.url}/tiny"
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in source.iterdir())
     _kill(url, store, after=8)
     partial = next((store / ".work").rglob("*.part.log")).parent
     lines = (partial / f"{WEIGHTS}.part.log").read_text().splitlines()[1:]
@@ -146,7 +141,7 @@ def test_a_killed_download_goes_on(tmp_path: Path, folder: Path, web: WebServer)
 
 @pytest.mark.slow
 def test_damaged_and_outdated_parts_are_fetched_again(
-    tmp_path: Path, folder: Path, web: WebServer
+    tmp_path: Path, source: Path, web: WebServer
 ) -> None:
     store, url = tmp_path / "store", f"{web.url}/tiny"
     _kill(url, store, after=9)
@@ -155,32 +150,32 @@ def test_damaged_and_outdated_parts_are_fetched_again(
     data[100] ^= 1
     part.write_bytes(data)
     copy = shutil.copytree(store, tmp_path / "copy")
-    expected = _stage(str(folder), tmp_path / "direct").name.rpartition("-")[2]
+    expected = _stage(str(source), tmp_path / "direct").name.rpartition("-")[2]
     assert optimize(Recipe("t", url, verify="none"), store).name == f"t-{expected}"
-    make_checkpoint(folder, seed=1, num_hidden_layers=1)  # another version under the same URL
-    expected = _stage(str(folder), tmp_path / "direct").name.rpartition("-")[2]
+    make_checkpoint(source, seed=1, num_hidden_layers=1)  # another version under the same URL
+    expected = _stage(str(source), tmp_path / "direct").name.rpartition("-")[2]
     assert optimize(Recipe("t", url, verify="none"), copy).name == f"t-{expected}"
 
 
 @pytest.mark.slow
-def test_a_killed_read_by_fsspec_goes_on(tmp_path: Path, folder: Path) -> None:
-    expected = _stage(str(folder), tmp_path / "direct").name.rpartition("-")[2]
-    store, url = tmp_path / "store", f"local://{folder}"
+def test_a_killed_read_by_fsspec_goes_on(tmp_path: Path, source: Path) -> None:
+    expected = _stage(str(source), tmp_path / "direct").name.rpartition("-")[2]
+    store, url = tmp_path / "store", f"local://{source}"
     _kill(url, store, after=8)
     done = len(next((store / ".work").rglob(f"{WEIGHTS}.part.log")).read_text().splitlines()) - 1
     assert done > 0
     report = json.loads(
         (optimize(Recipe("t", url, verify="none"), store) / "report.json").read_text()
     )
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in source.iterdir())
     assert report["stages"][0]["num_bytes"] <= size - (done - 1) * CHUNK
     assert (store / f"t-{expected}").is_dir()
 
 
 def test_without_ranges_and_with_broken_answers(
-    tmp_path: Path, folder: Path, web: WebServer
+    tmp_path: Path, source: Path, web: WebServer
 ) -> None:
-    direct = _stage(str(folder), tmp_path / "direct")
+    direct = _stage(str(source), tmp_path / "direct")
     web.cut = 3
     assert _stage(f"{web.url}/tiny", tmp_path / "ranges").name == direct.name
     web.ranges, web.cut = False, 3
@@ -226,7 +221,7 @@ SECRETS = ("hunter2secret", "AKIASECRETKEY", "deadbeefsignature", "opaque-value"
 
 
 def test_no_secret_is_shown_anywhere(
-    tmp_path: Path, folder: Path, web: WebServer, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, source: Path, web: WebServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     web.password = "alice:hunter2secret"
@@ -258,15 +253,15 @@ def test_no_secret_is_shown_anywhere(
     with pytest.raises(ArtifactError) as gone:
         _stage(url, tmp_path / "refused")
     shown.append(str(gone.value))
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and source not in path.parents]
     everything = "\n".join([*shown, caplog.text]).encode()
     everything += b"".join(path.read_bytes() for path in files)
     assert not [secret for secret in SECRETS if secret.encode() in everything]
     assert "GET /tiny/config.json?***" in caplog.text
 
 
-def test_a_password_stays_with_its_host(tmp_path: Path, folder: Path, web: WebServer) -> None:
-    with WebServer(folder) as front:
+def test_a_password_stays_with_its_host(tmp_path: Path, source: Path, web: WebServer) -> None:
+    with WebServer(source) as front:
         front.redirect = web.url.replace("127.0.0.1", "localhost")
         host = front.url.removeprefix("http://")
         _stage(f"http://alice:secret@{host}/tiny", tmp_path / "store")
@@ -310,31 +305,31 @@ def test_endless_redirects(tmp_path: Path, web: WebServer) -> None:
 
 @pytest.mark.parametrize("shard", ["../../escaped.safetensors", "/etc/passwd", "..", ".x", 3])
 def test_an_index_names_no_file_elsewhere(
-    tmp_path: Path, folder: Path, web: WebServer, shard: Any
+    tmp_path: Path, source: Path, web: WebServer, shard: Any
 ) -> None:
-    _shard(folder)
-    index = folder / "model.safetensors.index.json"
+    _shard(source)
+    index = source / "model.safetensors.index.json"
     values = json.loads(index.read_text())
     values["weight_map"]["model.norm.weight"] = shard
     index.write_text(json.dumps(values))
-    for source in (f"{web.url}/tiny", str(folder)):
+    for reference in (f"{web.url}/tiny", str(source)):
         with pytest.raises(ArtifactError, match=r"no .*safetensors file of its own folder"):
-            _stage(source, tmp_path / "store")
+            _stage(reference, tmp_path / "store")
 
 
-def test_links_of_a_local_folder(tmp_path: Path, folder: Path) -> None:
+def test_links_of_a_local_folder(tmp_path: Path, source: Path) -> None:
     blobs = tmp_path / "cache" / "models--org--tiny" / "blobs"
     snapshot = blobs.parent / "snapshots" / "main"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
-    for path in folder.iterdir():
+    for path in source.iterdir():
         shutil.copy(path, blobs)
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     assert _stage(str(snapshot), tmp_path / "store").is_dir()
-    (folder / "tokenizer.json").rename(tmp_path / "elsewhere.json")
-    (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    (source / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    (source / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json is a link out of its folder"):
-        _stage(str(folder), tmp_path / "store")
+        _stage(str(source), tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.families import FAMILIES
-from tests.parity.paged import PagedDecoder, Text
+from tests.parity.paged import PagedDecoder, Text, assert_close, random_texts
 from tests.tiny import make_checkpoint, make_tiny_artifact
 
 
@@ -24,24 +24,13 @@ def reference(checkpoint: Path) -> Any:
     return model.eval()
 
 
-def _texts(*lengths: int) -> list[list[int]]:
-    draw = random.Random(sum(lengths))
-    return [[draw.randrange(3, 300) for _ in range(n)] for n in lengths]
-
-
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    worst = ((got - expected).abs().max() / expected.abs().max()).item()
-    assert worst <= 1e-4, worst
-    assert torch.equal(got.argmax(-1), expected.argmax(-1))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_logits_and_greedy_ids_equal_transformers(tmp_path: Path, name: str) -> None:
     """Texts of several windows, whole and in chunks with decodes of others between."""
     model = reference(make_checkpoint(tmp_path / "checkpoint", **FAMILIES[name]))
     artifact = make_tiny_artifact(tmp_path / "artifact", **FAMILIES[name])
-    texts = _texts(70, 90, 41)
+    texts = random_texts(70, 90, 41)
     expected = [model(torch.tensor([text])).logits[0] for text in texts]
     decoder = PagedDecoder(artifact)
     for logits, wanted in zip(

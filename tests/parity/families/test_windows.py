@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.families import FAMILIES, WINDOW
-from tests.kernels.native import NativeDecoder, random_texts
-from tests.parity.paged import PagedDecoder, Text
+from tests.kernels.native import NativeDecoder
+from tests.parity.paged import PagedDecoder, Text, random_texts
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.kernels.kv_layout import TILE
 from torchweave_ray.kernels.library import KernelsUnavailable, load_library
