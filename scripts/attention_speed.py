@@ -10,7 +10,6 @@ import random
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ def main() -> None:
             print(points[-1], flush=True)
     if "--save" in sys.argv:
         config = {"isa": library.isa, "threads": team.num_threads, "block_size": BLOCK_SIZE}
-        print(save_results(Path("benchmarks/results"), "attention", config, points))
+        print(save_results("attention", config, points))
 
 
 if __name__ == "__main__":

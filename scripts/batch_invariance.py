@@ -100,7 +100,7 @@ def main() -> None:
         points.append({"executor": executor, **compare(alone, crowd)})
         print(json.dumps(points[-1]), flush=True)
     if options.save:
-        print(save_results(Path("benchmarks/results"), "invariance", vars(options), points))
+        print(save_results("invariance", vars(options), points))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def main() -> None:
     points = asyncio.run(measure(Path(sys.argv[1])))
     if "--save" in sys.argv:
         config = {"tokens": TOKENS, "streams": STREAMS, "rounds": ROUNDS}
-        print(save_results(Path("benchmarks/results"), "chunk-cost", config, points))
+        print(save_results("chunk-cost", config, points))
     if points[1]["cpu_us_per_token"] > LIMIT_US:
         sys.exit(f"a token of a plain chat costs more than {LIMIT_US:g} us")
 

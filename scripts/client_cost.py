@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 
 import aiohttp
 import httpx
@@ -109,7 +108,7 @@ def main() -> None:
             server.terminate()
     if "--save" in sys.argv:
         config = {"streams": STREAMS, "chunks": CHUNKS, "interval_s": INTERVAL_S}
-        print(save_results(Path("benchmarks/results"), "client-cost", config, points))
+        print(save_results("client-cost", config, points))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from optimizer.measuring.model import make_inputs
 from torchweave_ray.attention.base import LayerKV
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.bench.load.prompts import PromptSource
-from torchweave_ray.bench.origin import describe_machine, save_results
+from torchweave_ray.bench.origin import RESULTS, describe_machine, save_results
 from torchweave_ray.cli.artifact import artifact_of
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.artifact import verify_artifact
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of an answer")
     parser.add_argument("--save", action="store_true", help="write a results file")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     artifact = artifact_of(arguments.model)
     differences = compare(artifact, make_prompts(arguments.prompts), arguments.tokens)
@@ -180,7 +180,7 @@ def main() -> None:
         print(json.dumps(line))
     if arguments.save:
         config = {"model": artifact.name, "tokens": arguments.tokens, "steps": NEAR_TIE_STEPS}
-        path = save_results(arguments.results, "greedy", config, [counts, *lines])
+        path = save_results("greedy", config, [counts, *lines], arguments.results)
         print(f"saved {path}", file=sys.stderr)
 
 

@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from served_app import (
@@ -233,7 +232,7 @@ def main() -> int:
     if options.save:
         values = {**vars(options), "replicas": NUM_REPLICAS, "ingresses": NUM_INGRESSES}
         values |= {"streams": NUM_STREAMS, "tokens": NUM_TOKENS, "kill_after": KILL_AFTER}
-        print(save_results(Path("benchmarks/results"), "failover", values, points))
+        print(save_results("failover", values, points))
     bad = sum(point.get("failed", 0) + point.get("altered_texts", 0) for point in points)
     return 1 if bad else 0
 

@@ -68,9 +68,7 @@ def main() -> None:
     for point in points:
         print(point)
     if "--save" in sys.argv:
-        print(
-            save_results(Path("benchmarks/results"), "kv-quality", {"model": artifact.name}, points)
-        )
+        print(save_results("kv-quality", {"model": artifact.name}, points))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchweave_ray.bench.origin import save_results
+from torchweave_ray.bench.origin import RESULTS, save_results
 from torchweave_ray.bench.process_tree import wait_until_calm
 from torchweave_ray.bench.server_process import ServerFailed, started_server
 
@@ -252,7 +252,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
     parser.add_argument("--url", help="measure this server, over HTTP only")
     parser.add_argument("--save", action="store_true", help="write a results file")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.rows = [name for name in arguments.rows.split(",") if name]
     if unknown := set(arguments.rows) - set(ROWS):
@@ -282,7 +282,7 @@ def main() -> None:
         measured = [{"for": name, **line} for name, lines in run.lines.items() for line in lines]
         points = [*(row.to_dict() for row in rows), *measured]
         print(
-            f"saved {save_results(arguments.results, 'targets', config, points)}", file=sys.stderr
+            f"saved {save_results('targets', config, points, arguments.results)}", file=sys.stderr
         )
     sys.exit(0 if all(row.figure is not None for row in rows) else 1)
 

@@ -106,7 +106,7 @@ def main() -> None:
             print(points[-1], flush=True)
     if "--save" in sys.argv:
         model = {"model": "SmolLM2-135M-Instruct"}
-        print(save_results(Path("benchmarks/results"), "quantization-quality", model, points))
+        print(save_results("quantization-quality", model, points))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torchweave_ray.bench.origin import RESULTS
 from torchweave_ray.bench.process_tree import wait_until_calm
 from torchweave_ray.bench.server_process import started_server
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--recipes", default="smollm2-135m,smollm2-135m-int8")
     parser.add_argument("--loads", default=",".join(LOADS))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--draw", type=Path, nargs="*", help="These files; measure nothing.")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     options = parser.parse_args()

@@ -265,7 +265,7 @@ def main(
             "minutes": minutes,
             "output_len": output_len,
         }
-        print(save_results(Path("benchmarks/results"), "speculation", config, gains))
+        print(save_results("speculation", config, gains))
 
 
 if __name__ == "__main__":

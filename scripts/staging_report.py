@@ -40,7 +40,7 @@ def main() -> None:
         points.append(staged(recipe, Path(work)))
         print(points[-1], flush=True)
     if "--save" in sys.argv:
-        print(save_results(Path("benchmarks/results"), "staging", {"recipes": recipes}, points))
+        print(save_results("staging", {"recipes": recipes}, points))
 
 
 if __name__ == "__main__":

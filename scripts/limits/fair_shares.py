@@ -10,7 +10,6 @@ import random
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -129,7 +128,7 @@ def main(
     )
     if save:
         config = {"artifact": artifact.name, **asdict(load)}
-        print(save_results(Path("benchmarks/results"), "fair-shares", config, points))
+        print(save_results("fair-shares", config, points))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from torchweave_ray.bench.load.dialects import BadAnswer, Completions
 from torchweave_ray.bench.load.http_client import Connection, HTTPFailure
@@ -29,6 +28,7 @@ from torchweave_ray.bench.load.prompts import PromptSource
 from torchweave_ray.bench.load.targets import run_in_loop
 from torchweave_ray.bench.origin import save_results
 from torchweave_ray.bench.server_process import started_server
+from torchweave_ray.bench.startup import application_file
 
 PATH = "/v1/completions"
 MODEL = "overloaded"
@@ -246,13 +246,8 @@ async def _cancelled_after(seconds: float, work: Sequence[Coroutine[Any, Any, No
 def run(recipe: str, load: Load) -> list[dict[str, Any]]:
     scheduler = {"max_waiting_tokens": load.max_waiting_tokens}
     model = {"id": MODEL, "recipe": recipe, "engine": {"scheduler": scheduler}}
-    application = {
-        **{"name": "torchweave", "route_prefix": "/", "import_path": "deployments.app:build"},
-        "args": {"models": [model]},
-    }
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "serve.yaml"
-        config.write_text(yaml.safe_dump({"applications": [application]}))
+        config = application_file(Path(folder), {"models": [model]})
         with started_server([str(config), "--no-dashboard"]) as server:
             return run_in_loop(measure(server.url, load))
 
@@ -270,7 +265,7 @@ def main(
     points = run(recipe, load)
     if save:
         config = {"recipe": recipe, **asdict(load)}
-        print(save_results(Path("benchmarks/results"), "overload", config, points))
+        print(save_results("overload", config, points))
 
 
 if __name__ == "__main__":

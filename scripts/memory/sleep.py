@@ -80,7 +80,7 @@ def main() -> None:
             "clients": CLIENTS,
         }
         config["load_average"] = os.getloadavg()[0]
-        print(save_results(Path("benchmarks/results"), "sleep-cost", config, points))
+        print(save_results("sleep-cost", config, points))
 
 
 if __name__ == "__main__":

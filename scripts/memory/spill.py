@@ -93,7 +93,7 @@ def main() -> None:
             "rounds": ROUNDS,
         }
         config["load_average"] = os.getloadavg()[0]
-        print(save_results(Path("benchmarks/results"), "spill-cost", config, points))
+        print(save_results("spill-cost", config, points))
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ from rich.table import Table
 from torchweave_ray.bench.origin import save_results
 from torchweave_ray.bench.process_tree import ProcessTree
 from torchweave_ray.bench.server_process import RunningServer, free_port, started_server
+from torchweave_ray.bench.startup import application_file
 
 BOARD = Path(__file__).resolve().parents[2] / "configs/grafana/torchweave.json"
-RESULTS = Path("benchmarks/results")
 INTERVAL = "10s"
 OURS = {"$__rate_interval": INTERVAL, "$model": ".*", "$replica": ".*"}
 RAYS = {"$interval": INTERVAL, "$vllm_model_name": ".*", "$workerid": ".*"}
@@ -154,15 +154,7 @@ def serve_config(artifact: Path, folder: Path, kv_bytes_per_token: int) -> Path:
     }
     model = {"id": "model", "artifact": str(artifact.absolute()), "num_replicas": 2}
     model |= {"threads": 1, "num_cpus": 0.5, "engine": engine}
-    application = {
-        "name": "torchweave",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"models": [model]},
-    }
-    path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
-    return path
+    return application_file(folder, {"models": [model]})
 
 
 class Traffic:
@@ -272,7 +264,7 @@ def main() -> None:
     print("answers by status:", found["statuses"])
     if given.save:
         config = {"seconds": given.seconds, "statuses": found["statuses"]}
-        print(save_results(RESULTS, "board", config, points))
+        print(save_results("board", config, points))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ ROUNDS = {1: 50, 16: 25}
 SLICE = 4
 """Steps."""
 NUM_PROMPT, NUM_TOKENS = 100, 64
-RESULTS = Path("benchmarks/results")
 Steps = dict[bool, list[float]]
 
 
@@ -107,7 +106,7 @@ def main() -> None:
             print(points[-1])
     if "--save" in sys.argv:
         config = {"rounds": ROUNDS, "slice": SLICE, "prompt": NUM_PROMPT, "tokens": NUM_TOKENS}
-        print(save_results(RESULTS, "metrics-cost", config, points))
+        print(save_results("metrics-cost", config, points))
     ray.shutdown()
 
 

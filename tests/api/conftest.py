@@ -87,32 +87,31 @@ def api() -> Iterator[Api]:
 class Server:
     """The app behind uvicorn on a free loopback port, in a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_level: str = "warning", **settings: Any) -> None:
         self.backend = FakeBackend()
-        app = create_app(self.backend, load_tokenizer, ApiSettings())
-        config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
+        app = create_app(self.backend, load_tokenizer, ApiSettings(**settings))
+        config = uvicorn.Config(app, port=0, log_level=log_level, lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
-    def start(self) -> None:
+    def __enter__(self) -> Server:
         self._thread.start()
         while not self._server.started:
             assert self._thread.is_alive()
             time.sleep(0.01)
         self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join(10)
 
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[Server]:
-    server = Server()
-    server.start()
-    yield server
-    server.stop()
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_machine_reads_model_and_isa(tmp_path: Path) -> None:
 
 
 def test_results_carry_their_origin(tmp_path: Path) -> None:
-    path = save_results(tmp_path / "results", "serving", {"input_len": 100}, [{"failed": 0}])
+    path = save_results("serving", {"input_len": 100}, [{"failed": 0}], tmp_path / "results")
     document = json.loads(path.read_text())
     assert document["kind"] == "serving"
     assert {"date", "commit", "machine", "python", "versions"} <= set(document["origin"])

@@ -25,10 +25,8 @@ from torchweave_ray.errors import Overloaded
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[Server]:
-    server = Server()
-    server.start()
-    yield server
-    server.stop()
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import uvicorn
 
 from tests.echo import EOS, EchoRunner, LetterDetokenizer
@@ -118,7 +120,7 @@ def connect(port: int, receive_buffer: int | None = None) -> socket.socket:
     client = socket.socket()
     if receive_buffer is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    client.settimeout(10)
+    client.settimeout(20)
     client.connect(("127.0.0.1", port))
     return client
 
@@ -127,6 +129,35 @@ def reset(client: socket.socket) -> None:
     """Hang up at once, as a process that dies does, with no farewell."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
+
+
+@contextmanager
+def idle_connections(port: int, num: int, request: bytes) -> Iterator[None]:
+    """Open meanwhile; half of them have begun the request. Skips where files are too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4 * num:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4 * num), hard))
+    try:
+        with ExitStack() as stack:
+            for index in range(num):
+                client = stack.enter_context(connect(port))
+                if index % 2:
+                    client.sendall(request[: 20 + index % 60])
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def send_zeros(client: socket.socket, path: str, size: int, is_announced: bool) -> None:
+    """A body of so many bytes, by Content-Length or in chunks."""
+    piece = b"0" * 65536
+    how = f"Content-Length: {size}" if is_announced else "Transfer-Encoding: chunked"
+    client.sendall(f"POST {path} HTTP/1.1\r\nHost: test\r\n{how}\r\n\r\n".encode())
+    for _ in range(size // len(piece)):
+        client.sendall(piece if is_announced else b"10000\r\n" + piece + b"\r\n")
+    if not is_announced:
+        client.sendall(b"0\r\n\r\n")
 
 
 def read_response(client: socket.socket) -> tuple[int, dict[str, str], bytes]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import resource
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import pytest
 
 from tests.overload.server import (
     Server,
     connect,
+    idle_connections,
     read_response,
     request_bytes,
     reset,
     running_server,
+    send_zeros,
     until,
 )
 
@@ -169,15 +169,8 @@ def test_one_that_vanishes_from_the_queue_gives_its_place_back(
 @pytest.mark.parametrize("is_announced", [True, False])
 def test_ten_megabytes_are_413_before_they_are_read(server: Server, is_announced: bool) -> None:
     """Announced or not; the connection still gets its answer."""
-    size = 10 << 20
-    how = f"Content-Length: {size}" if is_announced else "Transfer-Encoding: chunked"
     with connect(server.port) as client:
-        client.sendall(f"POST {PATH} HTTP/1.1\r\nHost: test\r\n{how}\r\n\r\n".encode())
-        piece = b"[" * 65536
-        for _ in range(size // len(piece)):
-            client.sendall(piece if is_announced else b"10000\r\n" + piece + b"\r\n")
-        if not is_announced:
-            client.sendall(b"0\r\n\r\n")
+        send_zeros(client, PATH, 10 << 20, is_announced)
         status, _, body = read_response(client)
     assert status == 413
     error = json.loads(body)["error"]
@@ -205,20 +198,9 @@ def test_a_slow_reader_is_waited_for_and_not_buffered(server: Server) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_idle_connections_keep_nobody_from_an_answer(server: Server) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 4096:
-        pytest.skip(f"this machine allows {hard} open files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
-    try:
-        with ExitStack() as stack:
-            for index in range(1000):
-                client = stack.enter_context(connect(server.port))
-                if index % 2:  # half of them have begun a request
-                    client.sendall(request_bytes(PATH, LONG)[: 20 + index % 60])
-            assert ask(server, {"prompt": [3] * 20, "max_tokens": 3})[0] == 200
-            with occupy(server):
-                assert server.engine.snapshot().num_running == 1
-            until(server.is_idle)
+    with idle_connections(server.port, 1000, request_bytes(PATH, LONG)):
         assert ask(server, {"prompt": [3] * 20, "max_tokens": 3})[0] == 200
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with occupy(server):
+            assert server.engine.snapshot().num_running == 1
+        until(server.is_idle)
+    assert ask(server, {"prompt": [3] * 20, "max_tokens": 3})[0] == 200

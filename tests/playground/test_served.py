@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.playground.actions import ANSWER, answered, ask, compare, compared, set_field
 from tests.playground.chromium import Page, find_chromium
 from tests.smollm2 import staged_smollm2
 from torchweave_ray.bench.process_tree import ProcessTree
 from torchweave_ray.bench.server_process import RunningServer, started_server
+from torchweave_ray.bench.startup import application_file
 
 pytestmark = [
     pytest.mark.ray,
@@ -38,14 +37,8 @@ QUESTION = "Write a long story about a river."
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     model = {"id": "smollm2", "artifact": str(staged_smollm2()), "num_cpus": 1, "threads": 1}
-    application = {
-        "name": "torchweave",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"models": [model], "ingress": {"num_replicas": 2}},
-    }
-    config = Path(tmp_path_factory.mktemp("served")) / "serve.yaml"
-    config.write_text(yaml.safe_dump({"applications": [application]}))
+    args = {"models": [model], "ingress": {"num_replicas": 2}}
+    config = application_file(tmp_path_factory.mktemp("served"), args)
     with started_server((str(config), "--no-dashboard")) as server:
         yield server
 

@@ -300,7 +300,7 @@ def main(seconds: float = 1800.0, seed: int = 0, save: bool = False) -> None:
     print(json.dumps(asdict(report), indent=1))
     if save:
         config = {"seconds": seconds, "clients": CLIENTS, "model": "small random Llama"}
-        print(save_results(Path("benchmarks/results"), "soak", config, [asdict(report)]))
+        print(save_results("soak", config, [asdict(report)]))
     if problems := report.problems():
         raise SystemExit("; ".join(problems))
 

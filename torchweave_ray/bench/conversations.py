@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from torchweave_ray.bench.load.loops import converse, prepare
 from torchweave_ray.bench.load.prompts import PromptSource
 from torchweave_ray.bench.load.targets import (
@@ -30,7 +28,7 @@ from torchweave_ray.bench.load.workloads import Script, Turn
 from torchweave_ray.bench.process_tree import ProcessTree, wait_until_calm
 from torchweave_ray.bench.report.points import Point, RequestRecord, summarize
 from torchweave_ray.bench.server_process import started_server
-from torchweave_ray.bench.startup import serve_options
+from torchweave_ray.bench.startup import application_file, serve_options
 
 ROUTERS = ("prefix", "default")
 """Ours, and Ray Serve's own: the less busy of two replicas taken by chance."""
@@ -110,8 +108,7 @@ def measure_routers(model: str, config: ConversationsConfig) -> Iterator[Measure
 
 def _round(router: str, model: str, config: ConversationsConfig) -> Round:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "serve_config.yaml"
-        file.write_text(yaml.safe_dump(_application(router, model, config)))
+        file = application_file(Path(folder), {"models": [_served(router, model, config)]})
         with started_server((str(file), "--no-dashboard")) as server:
             pids = ProcessTree([server.pid]).named("ServeReplica", "ModelReplica")
             if len(pids) != config.replicas:
@@ -173,8 +170,8 @@ def _measured(router: str, rounds: Sequence[Round]) -> Measured:
     return Measured(router, points[0], points[1], hit_rate, cpu_s)
 
 
-def _application(router: str, model: str, config: ConversationsConfig) -> dict[str, Any]:
-    served = {
+def _served(router: str, model: str, config: ConversationsConfig) -> dict[str, Any]:
+    return {
         serve_options(model)[0].removeprefix("--"): model,
         "id": "measured",
         "num_replicas": config.replicas,
@@ -183,5 +180,3 @@ def _application(router: str, model: str, config: ConversationsConfig) -> dict[s
         "router": router,
         "engine": {"cache": {"kv_memory": KV_MEMORY}},
     }
-    application = {"name": "measured", "route_prefix": "/", "import_path": "deployments.app:build"}
-    return {"applications": [{**application, "args": {"models": [served]}}]}

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path("benchmarks/results")
 PACKAGES = ("torch", "ray", "transformers", "numpy")
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -91,7 +92,7 @@ def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def save_results(
-    folder: Path, kind: str, config: dict[str, Any], points: list[dict[str, Any]]
+    kind: str, config: dict[str, Any], points: list[dict[str, Any]], folder: Path = RESULTS
 ) -> Path:
     """Write `<kind>-<date>-<commit>.json` and return its path."""
     origin = describe_origin()

@@ -60,7 +60,7 @@ def ready(model: str, profile: str, app: str, run: int) -> Line:
     """Seconds from the start of `torchweave serve` to its first 200 of /readyz, and by its own log
     those of its parts and of the model's."""
     with tempfile.TemporaryDirectory() as folder:
-        empty = _written(Path(folder), _application("deployments.bench.empty_app:app", {}))
+        empty = application_file(Path(folder), {}, "deployments.bench.empty_app:app")
         chosen = serve_options(model) if app == "model" else (str(empty),)
         with started_server((*chosen, "--no-dashboard", *PROFILES[profile])) as server:
             line = {"measure": "ready", "profile": profile, "app": app, "run": run}
@@ -77,10 +77,8 @@ def replica_memory(model: str, staging: str = "files") -> Line:
         "num_replicas": NUM_REPLICAS,
         "engine": {"cache": {"kv_memory": KV_MEMORY}},
     }
-    args = {"models": [replicas], "staging": staging}
-    application = _application("deployments.app:build", args)
     with tempfile.TemporaryDirectory() as folder:
-        file = _written(Path(folder), application)
+        file = application_file(Path(folder), {"models": [replicas], "staging": staging})
         with started_server((str(file), "--no-dashboard")) as server:
             run_in_loop(_little_work(server.url))
             pids = ProcessTree([server.pid]).named("ServeReplica", "ModelReplica")
@@ -98,6 +96,17 @@ def serve_options(model: str) -> tuple[str, ...]:
     """How `torchweave serve` is told of a model: a staged artifact's folder, or a recipe."""
     is_artifact = (Path(model) / "manifest.json").is_file()
     return ("--artifact" if is_artifact else "--recipe", model)
+
+
+def application_file(
+    folder: Path, args: Mapping[str, Any], import_path: str = "deployments.app:build"
+) -> Path:
+    """How it is told of an application."""
+    application = {"name": "torchweave", "route_prefix": "/", "import_path": import_path}
+    file = folder / "serve_config.yaml"
+    given = {"args": args} if args else {}
+    file.write_text(yaml.safe_dump({"applications": [{**application, **given}]}))
+    return file
 
 
 def medians(lines: Sequence[Line]) -> dict[str, float]:
@@ -123,17 +132,6 @@ def _parts(server: RunningServer) -> dict[str, float]:
     said = server.says("[Serve] ready:", PARTS_WITHIN_S)
     lines = re.findall(r"(?:start-up [\d.]+ s|seconds): ([\w, .]+)", said)
     return {name: float(s) for line in lines for name, s in re.findall(r"(\w+) ([\d.]+)", line)}
-
-
-def _application(import_path: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    application = {"name": "measured", "route_prefix": "/", "import_path": import_path}
-    return {"applications": [{**application, **({"args": args} if args else {})}]}
-
-
-def _written(folder: Path, values: dict[str, Any]) -> Path:
-    file = folder / "serve_config.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
 
 
 def _all(parts: Mapping[str, float]) -> dict[str, float]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -14,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from tests.api.conftest import Api, load_tokenizer
-from tests.fakes import FakeBackend, Script
-from torchweave_ray.api.app import create_app
+from tests.api.conftest import Api, Server
+from tests.fakes import Script
+from tests.overload.server import connect, until
 from torchweave_ray.api.settings import ApiSettings
 from torchweave_ray.errors import ConfigError
 
@@ -155,70 +152,40 @@ def test_a_limit_that_cannot_be_is_refused_at_start(setting: str, value: float) 
         ApiSettings(**{setting: value})  # type: ignore[arg-type]
 
 
-class Listening:
-    """The app behind a socket, with short patience."""
-
-    def __init__(self, **settings: float) -> None:
-        self.backend = FakeBackend()
-        app = create_app(self.backend, load_tokenizer, ApiSettings(**settings))  # type: ignore[arg-type]
-        config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-
-    def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        connection = socket.socket()
-        if receive_buffer is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.settimeout(20)
-        connection.connect(self._server.servers[0].sockets[0].getsockname())
-        return connection
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-
-
 @pytest.fixture(scope="module")
-def listening() -> Iterator[Listening]:
-    server = Listening(body_timeout_s=0.2, write_timeout_s=0.4)
-    yield server
-    server.stop()
+def impatient() -> Iterator[Server]:
+    with Server("critical", body_timeout_s=0.2, write_timeout_s=0.4) as server:
+        yield server
 
 
 def head_of(length: int) -> bytes:
     return f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def test_a_body_that_does_not_come(listening: Listening) -> None:
-    with listening.connect() as connection:
+def test_a_body_that_does_not_come(impatient: Server) -> None:
+    with connect(impatient.port) as connection:
         connection.sendall(head_of(100) + b'{"prompt": ')
         answer = connection.recv(4096)
     assert b"408" in answer.split(b"\r\n")[0]
     assert b"body_timeout" in answer
 
 
-def test_a_client_that_stops_reading_is_let_go(listening: Listening) -> None:
+def test_a_client_that_stops_reading_is_let_go(impatient: Server) -> None:
     """Its request is aborted, though the engine would have had more to say."""
-    listening.backend.script = Script(["word " * 4000] * 500)
+    impatient.backend.script = Script(["word " * 4000] * 500)
     body = json.dumps({"prompt": "a", "stream": True}).encode()
-    with listening.connect(receive_buffer=4096) as connection:
+    with connect(impatient.port, receive_buffer=4096) as connection:
         connection.sendall(head_of(len(body)) + body)
         assert connection.recv(100)
-        deadline = time.monotonic() + 20
-        while not listening.backend.aborted:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: bool(impatient.backend.aborted), 20)
 
 
-def test_a_slow_engine_is_no_slow_client(listening: Listening) -> None:
+def test_a_slow_engine_is_no_slow_client(impatient: Server) -> None:
     """What counts is the client's time, not the time between tokens."""
     gate = asyncio.Event()
-    listening.backend.script = Script(gates={1: gate})
+    impatient.backend.script = Script(gates={1: gate})
     body = json.dumps({"prompt": "a", "stream": True}).encode()
-    with listening.connect() as connection:
+    with connect(impatient.port) as connection:
         connection.sendall(head_of(len(body)) + body)
         assert connection.recv(4096)
         time.sleep(1.0)  # more than twice the patience

@@ -4,7 +4,6 @@ read a byte a second, vanish at every stage, send too much or nothing at all."""
 from __future__ import annotations
 
 import json
-import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.overload.server import connect, read_response, request_bytes, reset
+from tests.overload.server import (
+    connect,
+    idle_connections,
+    read_response,
+    request_bytes,
+    reset,
+    send_zeros,
+)
 from tests.serve.cluster import wait_until
 from tests.serve.test_launch import Server
 from tests.tiny import make_tiny_artifact
@@ -144,14 +150,8 @@ def test_clients_that_vanish_leave_no_work(
 @pytest.mark.parametrize("is_announced", [True, False], ids=["announced", "chunked"])
 def test_ten_megabytes_are_refused(served: Served, is_announced: bool) -> None:
     before = served.memory()
-    size, piece = 10 << 20, b"[" * 65536
-    how = f"Content-Length: {size}" if is_announced else "Transfer-Encoding: chunked"
     with connect(served.port) as client:
-        client.sendall(f"POST {PATH} HTTP/1.1\r\nHost: test\r\n{how}\r\n\r\n".encode())
-        for _ in range(size // len(piece)):
-            client.sendall(piece if is_announced else b"10000\r\n" + piece + b"\r\n")
-        if not is_announced:
-            client.sendall(b"0\r\n\r\n")
+        send_zeros(client, PATH, 10 << 20, is_announced)
         status, _, content = read_response(client)
     assert (status, json.loads(content)["error"]["code"]) == (413, "body_too_large")
     grown = served.memory()[f"ingress {served.ingress}"] - before[f"ingress {served.ingress}"]
@@ -160,23 +160,12 @@ def test_ten_megabytes_are_refused(served: Served, is_announced: bool) -> None:
 
 def test_a_thousand_idle_connections(served: Served) -> None:
     """Half of them have begun a request. The others are answered, and a stream runs."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 4096:
-        pytest.skip(f"this machine allows {hard} open files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
-    try:
-        with ExitStack() as stack:
-            for index in range(1000):
-                client = stack.enter_context(connect(served.port))
-                if index % 2:
-                    client.sendall(request_bytes(PATH, LONG)[: 20 + index % 60])
-            start = time.monotonic()
-            assert served.ask()[0] == 200
-            assert time.monotonic() - start < 2
-            with stack.enter_context(connect(served.port)) as client:
-                client.sendall(request_bytes(PATH, {**LONG, "max_tokens": 50}, Connection="close"))
-                received = b"".join(iter(lambda: client.recv(1 << 16), b""))
-            assert b"data: [DONE]" in received
+    with idle_connections(served.port, 1000, request_bytes(PATH, LONG)):
+        start = time.monotonic()
         assert served.ask()[0] == 200
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert time.monotonic() - start < 2
+        with connect(served.port) as client:
+            client.sendall(request_bytes(PATH, {**LONG, "max_tokens": 50}, Connection="close"))
+            received = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        assert b"data: [DONE]" in received
+    assert served.ask()[0] == 200

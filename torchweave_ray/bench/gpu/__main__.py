@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchweave_ray.bench.origin import save_results
+from torchweave_ray.bench.origin import RESULTS, save_results
 
 SECTIONS = ("correctness", "kernels", "throughput")
 
@@ -40,7 +40,7 @@ def main() -> int:
         from torchweave_ray.bench.gpu.device import device_name
 
         about = {"device": device_name(device), "sections": options.sections}
-        print(save_results(options.results, "gpu", about, lines), file=sys.stderr)
+        print(save_results("gpu", about, lines, options.results), file=sys.stderr)
     return int(not all(line.get("is_right", True) for line in lines))
 
 
@@ -77,7 +77,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m torchweave_ray.bench.gpu")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small sizes")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of the default's")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--scratch", type=Path, help="where models of some GB may lie")
     options = parser.parse_args()
     if unknown := set(options.sections.split(",")) - set(SECTIONS):

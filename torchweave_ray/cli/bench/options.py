@@ -71,7 +71,7 @@ def print_line(point: Point) -> None:
 def save(folder: Path, kind: str, config: dict[str, Any], lines: list[dict[str, Any]]) -> Path:
     from torchweave_ray.bench.origin import save_results
 
-    path = save_results(folder, kind, config, lines)
+    path = save_results(kind, config, lines, folder)
     print(f"saved {path}", file=sys.stderr)
     return path
 
