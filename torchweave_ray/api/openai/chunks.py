@@ -64,7 +64,7 @@ class ChunkWriter:
         self._n = num_choices
         self._include_usage = include_usage
         self._identity = identity
-        head = _compact(identity.head(shape.kind))[:-1]
+        head = compact(identity.head(shape.kind))[:-1]
         self._head = f'data: {head},"choices":[{{"index":'
         usage = ',"usage":null' if include_usage else ""
         self._tail = f"}}]{usage}}}\n\n"
@@ -84,7 +84,7 @@ class ChunkWriter:
                 if self._shape.opening is not None:
                     chunks += self._chunk(index, self._shape.opening)
             if delta.logprobs:
-                logprobs = _compact(self._shape.logprobs(index, delta))
+                logprobs = compact(self._shape.logprobs(index, delta))
                 text = f"{self._shape.text_before}{json_string(delta.text)}{self._shape.text_after}"
                 chunks += self._chunk(index, text, logprobs)
             elif delta.text:
@@ -99,22 +99,11 @@ class ChunkWriter:
         return chunks.encode()
 
     def end(self) -> bytes:
-        last = b""
-        if self._include_usage:
-            closing = {
-                **self._identity.head(self._shape.kind),
-                "choices": [],
-                "usage": self._progress.usage_json(),
-                "timings": self._progress.timings_json(),
-            }
-            last = f"data: {_compact(closing)}\n\n".encode()
-        if self._progress.failure is not None:
-            return last + self.error(self._progress.failure)
-        return last + DONE
+        head = self._identity.head(self._shape.kind) if self._include_usage else None
+        return end_of_stream(self._progress, head)
 
     def error(self, error: RequestError) -> bytes:
-        """OpenAI's clients raise APIError when they read it."""
-        return f"data: {error_json(error)}\n\n".encode() + DONE
+        return error_chunk(error)
 
     def _chunk(
         self, index: int, content: str, logprobs: str = "null", finish_reason: str = "null"
@@ -125,5 +114,19 @@ class ChunkWriter:
         )
 
 
-def _compact(value: Any) -> str:
+def end_of_stream(progress: Progress, usage_head: dict[str, Any] | None) -> bytes:
+    """`usage_head`: the head of a last chunk with the usage; None: there is no such chunk."""
+    last = b""
+    if usage_head is not None:
+        counts = {"usage": progress.usage_json(), "timings": progress.timings_json()}
+        last = f"data: {compact({**usage_head, 'choices': [], **counts})}\n\n".encode()
+    return last + (DONE if progress.failure is None else error_chunk(progress.failure))
+
+
+def error_chunk(error: RequestError) -> bytes:
+    """OpenAI's clients raise APIError when they read it."""
+    return f"data: {error_json(error)}\n\n".encode() + DONE
+
+
+def compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))

@@ -5,14 +5,12 @@ What `chunks.ChunkWriter` does, for the requests that ask for more; those that d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torchweave_ray.api.errors import error_json
 from torchweave_ray.api.generation import Progress
-from torchweave_ray.api.openai.chunks import DONE, Identity
+from torchweave_ray.api.openai.chunks import Identity, compact, end_of_stream, error_chunk
 from torchweave_ray.errors import RequestError
 from torchweave_ray.outputs import ChoiceDelta, RequestOutput, TokenLogprobs
 
@@ -79,7 +77,7 @@ class DetailedWriter:
         self._num_tokens = 0
         self._details = details
         self._identity = identity
-        self._head = _compact(identity.head(shape.kind))[:-1]
+        self._head = compact(identity.head(shape.kind))[:-1]
         self._opened: set[int] = set()
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
 
@@ -99,21 +97,11 @@ class DetailedWriter:
         return "".join(chunks).encode()
 
     def end(self) -> bytes:
-        last = b""
-        if self._details.include_usage:
-            closing = {
-                **self._identity.head(self._shape.kind),
-                "choices": [],
-                "usage": self._progress.usage_json(),
-                "timings": self._progress.timings_json(),
-            }
-            last = f"data: {_compact(closing)}\n\n".encode()
-        if self._progress.failure is not None:
-            return last + self.error(self._progress.failure)
-        return last + DONE
+        head = self._identity.head(self._shape.kind) if self._details.include_usage else None
+        return end_of_stream(self._progress, head)
 
     def error(self, error: RequestError) -> bytes:
-        return f"data: {error_json(error)}\n\n".encode() + DONE
+        return error_chunk(error)
 
     def _news(self, index: int, delta: ChoiceDelta) -> Iterator[str]:
         token_ids = list(delta.token_ids) if self._details.token_ids else []
@@ -145,8 +133,8 @@ class DetailedWriter:
             rest["usage"] = self._usage_so_far()
         elif self._details.include_usage:
             rest["usage"] = None
-        tail = f",{_compact(rest)[1:]}" if rest else "}"
-        return f'data: {self._head},"choices":[{_compact(choice)}]{tail}\n\n'
+        tail = f",{compact(rest)[1:]}" if rest else "}"
+        return f'data: {self._head},"choices":[{compact(choice)}]{tail}\n\n'
 
     def _usage_so_far(self) -> dict[str, int]:
         return {
@@ -154,7 +142,3 @@ class DetailedWriter:
             "completion_tokens": self._num_tokens,
             "total_tokens": self._num_prompt_tokens + self._num_tokens,
         }
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))

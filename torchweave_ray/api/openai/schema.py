@@ -16,7 +16,7 @@ from torchweave_ray.api.openai.schema_messages import (
 )
 from torchweave_ray.api.schema import MAX_CHOICES, Body, DeadlineFields, SamplingFields
 
-_NOISE = frozenset(
+NOISE = frozenset(
     {
         "user",
         "metadata",
@@ -25,7 +25,6 @@ _NOISE = frozenset(
         "service_tier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "prediction",
     }
 )
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
@@ -72,7 +71,7 @@ class OpenAIBody(SamplingFields, GrammarFields, DeadlineFields):
     )
     cache_salt: str | None = Field(None, description="share cached prefixes only with equal salts")
 
-    ignored: ClassVar[frozenset[str]] = _NOISE
+    ignored: ClassVar[frozenset[str]] = NOISE | {"prediction"}
 
 
 class CompletionBody(OpenAIBody):
@@ -145,7 +144,7 @@ class ChatBody(OpenAIBody, ConversationBody):
         "verbosity": (),
         "web_search_options": (),
     }
-    ignored: ClassVar[frozenset[str]] = _NOISE
+    ignored: ClassVar[frozenset[str]] = NOISE | {"prediction"}
 
 
 def _are_ids(items: list[Any]) -> bool:

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from torchweave_ray.api.schema import Body
 
 MAX_TOOLS = 128
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Raises ValueError, as validators want it."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError("must be the JSON text of an object")
+    return value
+
+
+def _check_object(text: str) -> str:
+    json_object(text)
+    return text
+
+
+ObjectText = Annotated[str, AfterValidator(_check_object)]
 
 
 class TextPart(Body):
@@ -19,13 +38,7 @@ class TextPart(Body):
 
 class FunctionCall(Body):
     name: str
-    arguments: str = Field(description="the JSON text of an object")
-
-    @field_validator("arguments")
-    @classmethod
-    def _check_arguments(cls, value: str) -> str:
-        json_object(value)
-        return value
+    arguments: ObjectText = Field(description="the JSON text of an object")
 
 
 class ToolCall(Body):
@@ -121,17 +134,6 @@ class NamedTool(Body):
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Raises ValueError, as validators want it."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError("must be the JSON text of an object")
-    return value
 
 
 def without_nulls(message: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from torchweave_ray.api.grammar import Wanted
-from torchweave_ray.api.openai.schema_messages import MAX_TOOLS, json_object
+from torchweave_ray.api.openai.schema import NOISE
+from torchweave_ray.api.openai.schema_messages import MAX_TOOLS, ObjectText, json_object
 from torchweave_ray.api.schema import Body, DeadlineFields, SamplingFields
 from torchweave_ray.errors import InvalidRequest
 from torchweave_ray.tokenizer.grammar import json_spec
@@ -33,18 +34,12 @@ class InputCall(Body):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: ObjectText
     id: str | None = None
     status: str | None = None
     namespace: None = None
     caller: None = None
     parsed_arguments: Any = None
-
-    @field_validator("arguments")
-    @classmethod
-    def _check_arguments(cls, value: str) -> str:
-        json_object(value)
-        return value
 
 
 class InputCallOutput(Body):
@@ -142,18 +137,7 @@ class ResponsesBody(SamplingFields, DeadlineFields):
         "previous_response_id": "no response is stored; send the items of the conversation",
         "conversation": "no conversation is stored; send its items",
     }
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        {
-            "user",
-            "metadata",
-            "store",
-            "safety_identifier",
-            "service_tier",
-            "prompt_cache_key",
-            "prompt_cache_retention",
-            "stream_options",
-        }
-    )
+    ignored: ClassVar[frozenset[str]] = NOISE | {"stream_options"}
 
     @field_validator("input", mode="before")
     @classmethod
