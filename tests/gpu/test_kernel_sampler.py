@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.sampling_case import logits_of, params_of, rows_without_a_draw
 from torchweave_ray.runner.sampler import NO_TOKEN, NOTHING_ALLOWED, Draw, sample
 from torchweave_ray.sampling_params import SamplingParams
 
@@ -14,29 +14,12 @@ from torchweave_ray.runner.sampling.triton import TritonSampler
 
 VOCAB = 5000
 """More than a block of ids."""
-PARAMS = [
-    SamplingParams(temperature=0.0),
-    SamplingParams(),
-    SamplingParams(temperature=1e-30),
-    SamplingParams(temperature=2.5, top_k=40),
-    SamplingParams(top_k=1),
-    SamplingParams(top_p=0.9),
-    SamplingParams(top_p=1e-9),
-    SamplingParams(min_p=0.1),
-    SamplingParams(min_p=1.0),
-    SamplingParams(temperature=1.3, top_k=100, top_p=0.8, min_p=0.02),
-]
-
-
-def _logits(num_rows: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_rows, VOCAB, generator=generator) * 3
-    return (logits * 8).round() / 8  # ties everywhere
+PARAMS = params_of(VOCAB)
 
 
 def test_draws_are_those_of_the_twin(device: torch.device) -> None:
     draws = [Draw(p, 1000 + i, 7) for i, p in enumerate(PARAMS)]
-    logits = _logits(len(draws), 3)
+    logits = logits_of(len(draws), VOCAB, 3)
     drawn = TritonSampler()(logits.to(device), draws)
     assert drawn.tolist() == sample(logits, draws)
     assert TritonSampler()(logits[:0].to(device), []).tolist() == []
@@ -44,12 +27,7 @@ def test_draws_are_those_of_the_twin(device: torch.device) -> None:
 
 @pytest.mark.parametrize("params", [PARAMS[0], PARAMS[-1]])
 def test_rows_without_a_draw(device: torch.device, params: SamplingParams) -> None:
-    logits = _logits(6, 1)
-    logits[1, 7] = torch.nan
-    logits[2, VOCAB - 1] = torch.nan
-    logits[3, 5] = torch.inf
-    logits[4] = -torch.inf
-    logits[5, :-1] = -torch.inf
+    logits = rows_without_a_draw(VOCAB)
     draws = [Draw(params, i, 0) for i in range(6)]
     drawn = TritonSampler()(logits.to(device), draws).tolist()
     assert drawn[0] == sample(logits[:1], draws[:1])[0]

@@ -6,30 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.sampling_case import logits_of, params_of, rows_without_a_draw
 from torchweave_ray.kernels.library import Library
 from torchweave_ray.runner.sampler import NO_TOKEN, Draw, sample
 from torchweave_ray.runner.sampling.native import NativeSampler
 from torchweave_ray.sampling_params import SamplingParams
 
 VOCAB = 653
-PARAMS = [
-    SamplingParams(temperature=0.0),
-    SamplingParams(),
-    SamplingParams(temperature=0.6),
-    SamplingParams(temperature=1e-6),
-    SamplingParams(temperature=2.5, top_k=40),
-    SamplingParams(top_k=1),
-    SamplingParams(top_k=VOCAB - 1),
-    SamplingParams(top_k=VOCAB + 5),
-    SamplingParams(top_p=0.9),
-    SamplingParams(top_p=1e-9),
-    SamplingParams(temperature=100.0, top_p=0.97),
-    SamplingParams(min_p=0.1),
-    SamplingParams(min_p=1.0),
-    SamplingParams(temperature=1.3, top_k=100, top_p=0.8, min_p=0.02),
-]
+PARAMS = params_of(VOCAB)
 
 
 @pytest.fixture
@@ -39,16 +24,10 @@ def sampler(library: Library) -> Iterator[NativeSampler]:
     team.close()
 
 
-def _logits(num_rows: int, seed: int, vocab: int = VOCAB) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_rows, vocab, generator=generator) * 3
-    return (logits * 8).round() / 8  # ties everywhere
-
-
 def test_draws_are_those_of_the_twin(sampler: NativeSampler) -> None:
     for trial in range(20):
         draws = [Draw(p, 1000 * trial + i, trial) for i, p in enumerate(PARAMS)]
-        logits = _logits(len(draws), trial)
+        logits = logits_of(len(draws), VOCAB, trial)
         before = logits.clone()
         assert sampler(logits, draws) == sample(before.clone(), draws)
         assert torch.equal(logits, before)
@@ -56,13 +35,13 @@ def test_draws_are_those_of_the_twin(sampler: NativeSampler) -> None:
 
 def test_a_large_vocabulary_and_large_seeds(sampler: NativeSampler) -> None:
     draws = [Draw(p, 2**63 - 1 - i, 2**20 + i) for i, p in enumerate(PARAMS)]
-    logits = _logits(len(draws), 3, vocab=49152)
+    logits = logits_of(len(draws), 49152, 3)
     assert sampler(logits, draws) == sample(logits, draws)
 
 
 def test_a_row_draws_the_same_alone_and_in_a_crowd(sampler: NativeSampler) -> None:
     draws = [Draw(p, i, 3) for i, p in enumerate(PARAMS * 3)]
-    logits = _logits(len(draws), 5)
+    logits = logits_of(len(draws), VOCAB, 5)
     alone = [sampler(logits[i : i + 1], [draw])[0] for i, draw in enumerate(draws)]
     assert sampler(logits, draws) == alone
     assert sampler(logits[:0], []) == []
@@ -70,12 +49,7 @@ def test_a_row_draws_the_same_alone_and_in_a_crowd(sampler: NativeSampler) -> No
 
 @pytest.mark.parametrize("params", [PARAMS[0], PARAMS[1], PARAMS[-1]])
 def test_rows_without_a_draw(sampler: NativeSampler, params: SamplingParams) -> None:
-    logits = _logits(6, 1)
-    logits[1, 7] = torch.nan
-    logits[2, VOCAB - 1] = torch.nan
-    logits[3, 5] = torch.inf
-    logits[4] = -torch.inf
-    logits[5, :-1] = -torch.inf
+    logits = rows_without_a_draw(VOCAB)
     draws = [Draw(params, i, 0) for i in range(6)]
     ids = sampler(logits, draws)
     assert ids == sample(logits, draws)
@@ -83,7 +57,7 @@ def test_rows_without_a_draw(sampler: NativeSampler, params: SamplingParams) -> 
 
 
 def test_only_banned_tokens_are_never_drawn(sampler: NativeSampler) -> None:
-    logits = _logits(1, 2)
+    logits = logits_of(1, VOCAB, 2)
     logits[0, ::2] = -torch.inf
     for params in PARAMS:
         for index in range(20):

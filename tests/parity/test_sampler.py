@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.sampling_case import logits_of, params_of
 from torchweave_ray.runner.sampler import NO_TOKEN, Draw, draw, sample
 from torchweave_ray.runner.sampling.philox import philox4x32, uniforms
 from torchweave_ray.sampling_params import SamplingParams
 
 VOCAB = 640
+PARAMS = params_of(VOCAB)
 
 
 def _words(text: str) -> list[int]:
@@ -91,39 +93,17 @@ def _uniform(draw: Draw) -> float:
     return float(uniforms(np.array([seed]), np.array([index]))[0])
 
 
-def _logits(num_rows: int, seed: int = 0, scale: float = 3.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_rows, VOCAB, generator=generator) * scale
-    return (logits * 8).round() / 8  # ties everywhere
-
-
-PARAMS = [
-    SamplingParams(temperature=0.0),
-    SamplingParams(),
-    SamplingParams(temperature=0.6),
-    SamplingParams(temperature=2.5, top_k=40),
-    SamplingParams(top_k=1),
-    SamplingParams(top_k=VOCAB + 5),
-    SamplingParams(top_p=0.9),
-    SamplingParams(top_p=1e-9),
-    SamplingParams(temperature=100.0, top_p=0.97),
-    SamplingParams(min_p=0.1),
-    SamplingParams(min_p=1.0),
-    SamplingParams(temperature=1.3, top_k=100, top_p=0.8, min_p=0.02),
-]
-
-
 def test_draws_equal_the_definition_in_a_mixed_batch() -> None:
     for trial in range(8):
         draws = [Draw(p, 1000 * trial + i, trial) for i, p in enumerate(PARAMS)]
-        logits = _logits(len(draws), seed=trial)
+        logits = logits_of(len(draws), VOCAB, seed=trial)
         expected = [_reference(logits[i], d.sampling, _uniform(d)) for i, d in enumerate(draws)]
         assert sample(logits, draws) == expected
 
 
 def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:
     draws = [Draw(p, i, 3) for i, p in enumerate(PARAMS * 4)]
-    logits = _logits(len(draws), seed=5)
+    logits = logits_of(len(draws), VOCAB, seed=5)
     alone = [sample(logits[i : i + 1], [draw])[0] for i, draw in enumerate(draws)]
     assert sample(logits, draws) == alone
     order = list(reversed(range(len(draws))))
@@ -176,7 +156,7 @@ def test_greedy_takes_the_lowest_id_on_ties() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-30, 5e-324, 1e-6])
 def test_a_tiny_temperature_is_greedy_not_nan(temperature: float) -> None:
-    logits = _logits(4) + torch.linspace(0, 1e-3, VOCAB)
+    logits = logits_of(4, VOCAB) + torch.linspace(0, 1e-3, VOCAB)
     draws = [Draw(SamplingParams(temperature=temperature), i, 0) for i in range(4)]
     assert sample(logits, draws) == logits.argmax(dim=-1).tolist()
 
@@ -187,7 +167,7 @@ def test_a_row_without_a_draw_leaves_the_others_alone(
     bad: float | str, params: SamplingParams
 ) -> None:
     draws = [Draw(params, i, 0) for i in range(3)]
-    logits = _logits(3)
+    logits = logits_of(3, VOCAB)
     expected = sample(logits, draws)
     if isinstance(bad, str):
         logits[1] = -torch.inf
@@ -197,7 +177,7 @@ def test_a_row_without_a_draw_leaves_the_others_alone(
 
 
 def test_forbidden_tokens_are_never_drawn() -> None:
-    logits = _logits(1).repeat(200, 1)
+    logits = logits_of(1, VOCAB).repeat(200, 1)
     logits[:, 5:] = -torch.inf
     draws = [Draw(SamplingParams(temperature=50.0), seed, 0) for seed in range(200)]
     assert set(sample(logits, draws)) == set(range(5))
