@@ -21,8 +21,9 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from tests.doc_commands import run_block, serving
+from tests.doc_commands import BIN, run_block
 from tests.smollm2 import staged_smollm2
+from torchweave_ray.bench.server_process import started_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,14 +96,17 @@ def test_blocks_that_need_weights_run(block: Block) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.weights
-def test_blocks_that_need_a_server_run(tmp_path: Path) -> None:
+def test_blocks_that_need_a_server_run() -> None:
     """All of them against one `torchweave serve` on a port of its own."""
-    with serving(tmp_path / "serve.log", staged_smollm2().parent) as url:
+    store = f"ARTIFACT_DIR={staged_smollm2().parent}"
+    program = ["env", f"--chdir={ROOT}", store, str(BIN / "torchweave"), "serve"]
+    with started_server(["--no-dashboard"], program=program) as server:
         for block in BLOCKS:
             if block.tag != "server":
                 continue
-            code = block.code.replace("http://127.0.0.1:8000", url)
-            code = re.sub(r"^torchweave bench serving(?!.*--url)", rf"\g<0> --url {url}", code)
+            code = block.code.replace("http://127.0.0.1:8000", server.url)
+            with_url = rf"\g<0> --url {server.url}"
+            code = re.sub(r"^torchweave bench serving(?!.*--url)", with_url, code)
             ran = run_block(block.language, code, {})
             assert ran.returncode == 0, f"{block}\n{ran.stdout}\n{ran.stderr}"
             assert ran.stdout.strip(), block

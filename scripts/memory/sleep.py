@@ -74,12 +74,12 @@ def main() -> None:
     for point in points:
         print(point)
     if "--save" in sys.argv:
-        config: dict[str, Any] = {
+        config = {
             "kv_memory": KV_MEMORY,
             "prompt_tokens": PROMPT_TOKENS,
             "clients": CLIENTS,
+            "load_average": os.getloadavg()[0],
         }
-        config["load_average"] = os.getloadavg()[0]
         print(save_results("sleep-cost", config, points))
 
 

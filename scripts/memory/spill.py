@@ -87,12 +87,12 @@ def main() -> None:
     for point in points:
         print(point)
     if "--save" in sys.argv:
-        config: dict[str, Any] = {
+        config = {
             "artifact": Path(sys.argv[1]).name,
             "kv_memory": KV_MEMORY,
             "rounds": ROUNDS,
+            "load_average": os.getloadavg()[0],
         }
-        config["load_average"] = os.getloadavg()[0]
         print(save_results("spill-cost", config, points))
 
 

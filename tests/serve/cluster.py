@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,26 +17,25 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from torchweave_ray.bench.server_process import free_port as free_port
+
 CONFIG = Path(__file__).resolve().parents[2] / "serve_config.yaml"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+STORE_BYTES = 80 << 20
 
 
 @contextmanager
 def ray_cluster(num_cpus: int, port: int) -> Iterator[None]:
-    ray.init(
-        address="local",
-        namespace="serve",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        object_store_memory=80 << 20,
-        log_to_driver=False,
-    )
+    options = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    with serving_on("local", port, num_cpus=num_cpus, **options):
+        yield
+
+
+@contextmanager
+def serving_on(address: str, port: int, **options: Any) -> Iterator[None]:
+    """`options`: of ray.init."""
+    ray.init(address=address, namespace="serve", log_to_driver=False, **options)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield

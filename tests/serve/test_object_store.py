@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
 from optimizer.pipeline import optimize
 from tests.serve.cluster import (
+    STORE_BYTES,
     Client,
     config,
     deploy,
@@ -26,6 +26,7 @@ from tests.serve.cluster import (
     free_port,
     is_running,
     replica_pids,
+    serving_on,
     wait_until,
 )
 from tests.tiny import make_checkpoint, make_tiny_artifact
@@ -34,7 +35,6 @@ from torchweave_ray.config import EngineConfig
 from torchweave_ray.models.artifact import WEIGHTS
 from torchweave_ray.models.mapped_file import map_shared
 
-STORE_BYTES = 80 << 20
 ENGINE = {"max_model_len": 256, "cache": {"kv_memory": 1 << 23}}
 PROMPTS = ("What is gravity?", "The sun is", "A star")
 
@@ -100,13 +100,10 @@ def nodes(port: int) -> Iterator[Cluster]:
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-    ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        yield cluster
+        with serving_on(cluster.address, port):
+            yield cluster
     finally:
-        serve.shutdown()
-        ray.shutdown()
         cluster.shutdown()
 
 

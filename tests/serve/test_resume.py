@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ from deployments.backend.ray_backend import RayBackend
 from deployments.bus.listener import BusListener
 from deployments.bus.sender import BusError, BusSender, OutgoingStream
 from deployments.calls import BusFailed, CallResult, Description, EngineFailed, Finished
+from tests.serve.test_bus import run
 from torchweave_ray.errors import ModelNotFound, Overloaded, Unavailable
 from torchweave_ray.outputs import (
     ChoiceDelta,
@@ -209,13 +210,6 @@ async def collect(
             texts[delta.index] = texts.get(delta.index, "") + delta.text
     assert [output.is_last for output in outputs] == [False] * (len(outputs) - 1) + [True]
     return texts, outputs
-
-
-def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        await asyncio.wait_for(coroutine, 10)
-
-    asyncio.run(limited())
 
 
 @pytest.mark.parametrize("n", [1, 3])

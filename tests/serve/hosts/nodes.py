@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import serve
 from ray.cluster_utils import Cluster
 
-from tests.serve.cluster import Client, free_port
+from tests.serve.cluster import STORE_BYTES, Client, free_port, serving_on
 from torchweave_ray.bench.process_tree import ProcessTree
 
-STORE_BYTES = 80 << 20
 CPUS = 3
 """Of a node: a replica of two, and room for an ingress."""
 
@@ -62,12 +59,9 @@ def several_nodes(folder: Path, num_nodes: int) -> Iterator[Nodes]:
     try:
         for _ in range(num_nodes):
             nodes.add()
-        ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        yield nodes
+        with serving_on(cluster.address, port):
+            yield nodes
     finally:
-        serve.shutdown()
-        ray.shutdown()
         cluster.shutdown()
 
 

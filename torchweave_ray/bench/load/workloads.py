@@ -57,11 +57,6 @@ class Workload:
                 "multi-turn goes with text, for answers join the prompt: no tokenizer"
             )
 
-    @property
-    def turns_each(self) -> int:
-        """Requests of one script."""
-        return self.turns if self.kind == "multi-turn" else 1
-
     def scripts(self, seed: int) -> Iterator[Script]:
         """Without end. Equal seeds give equal scripts."""
         fresh = PromptSource(self.input_len, seed, self.tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,17 +44,14 @@ def prefix(
     as_json: AsJson = False,
 ) -> None:
     """Measure what the prefix cache saves: TTFT of a shared prefix, computed and remembered."""
-    from torchweave_ray.bench.load.targets import run_in_loop
     from torchweave_ray.bench.scenarios import PrefixConfig
 
     config = PrefixConfig(
         prefix_len, input_len, rounds=rounds, seed=new_seed(seed), tokenizer=tokenizer
     )
-    outcome = run_in_loop(_measure(url, name, config))
-    _report(outcome, as_json)
+    outcome = _measured(url, name, config, as_json)
     if save_it:
-        lines = [*(p.to_dict() for p in outcome.points), outcome.ratios]
-        save(results, "prefix", {**dataclasses.asdict(config), "url": url}, lines)
+        save(results, "prefix", {**dataclasses.asdict(config), "url": url}, outcome)
 
 
 def interference(
@@ -74,7 +71,6 @@ def interference(
 
     Both beside an idle server's: one client, the same prompt length.
     """
-    from torchweave_ray.bench.load.targets import run_in_loop
     from torchweave_ray.bench.scenarios import InterferenceConfig
 
     config = InterferenceConfig(
@@ -85,11 +81,24 @@ def interference(
         seed=new_seed(seed),
         tokenizer=tokenizer,
     )
-    outcome = run_in_loop(_measure(url, name, config))
-    _report(outcome, as_json)
+    outcome = _measured(url, name, config, as_json)
     if save_it:
-        lines = [*(p.to_dict() for p in outcome.points), outcome.ratios]
-        save(results, "interference", {**dataclasses.asdict(config), "url": url}, lines)
+        save(results, "interference", {**dataclasses.asdict(config), "url": url}, outcome)
+
+
+def _measured(
+    url: str, model: str | None, config: PrefixConfig | InterferenceConfig, as_json: bool
+) -> list[dict[str, Any]]:
+    """Shown here; returns the lines of a results file."""
+    from torchweave_ray.bench.load.targets import run_in_loop
+
+    outcome = run_in_loop(_measure(url, model, config))
+    for point in outcome.points:
+        print_line(point)
+    print(json.dumps({name: round(ratio, 4) for name, ratio in outcome.ratios.items()}))
+    footer = [f"{name}: {ratio:.3f}" for name, ratio in outcome.ratios.items()]
+    print_table(list(outcome.points), as_json, footer)
+    return [*(point.to_dict() for point in outcome.points), outcome.ratios]
 
 
 async def _measure(
@@ -102,11 +111,3 @@ async def _measure(
     if isinstance(config, PrefixConfig):
         return await measure_prefix(target, config)
     return await measure_interference(target, config)
-
-
-def _report(outcome: Outcome, as_json: bool) -> None:
-    for point in outcome.points:
-        print_line(point)
-    print(json.dumps({name: round(ratio, 4) for name, ratio in outcome.ratios.items()}))
-    footer = [f"{name}: {ratio:.3f}" for name, ratio in outcome.ratios.items()]
-    print_table(list(outcome.points), as_json, footer)
