@@ -30,7 +30,7 @@ from torchweave_ray.bench.origin import RESULTS, describe_machine, save_results
 from torchweave_ray.cli.artifact import artifact_of
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.artifact import verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.executors import Placement, open_executor
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.sampling_params import SamplingParams
@@ -95,7 +95,7 @@ class TorchLogits:
 
     def __init__(self, artifact: Path, dtype: torch.dtype) -> None:
         manifest = verify_artifact(artifact)
-        config = ModelConfig.from_hf(read_hf_config(artifact))
+        config = ModelConfig.read(artifact)
         placement = Placement(dtype, torch.device("cpu"), describe_machine().cores, "torch")
         self._dtype = dtype
         self._spec = build_spec(config)

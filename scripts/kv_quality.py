@@ -20,7 +20,7 @@ from optimizer.measuring.quality import Quality, compare, text_windows, window_l
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.bench.origin import save_results
 from torchweave_ray.models.artifact import TOKENIZER, verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.tensors import fuse, fused_tensors
 from torchweave_ray.models.torch_executor import TorchExecutor
@@ -46,7 +46,7 @@ def close_to(
 
 def main() -> None:
     source, artifact = map(Path, sys.argv[1:3])
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     windows = text_windows(artifact / TOKENIZER, config.max_position_embeddings)
     with all_cores() as threads:
         fp32 = source_in_fp32(source, config)

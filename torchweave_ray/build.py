@@ -36,7 +36,7 @@ from torchweave_ray.models.artifact import (
     hold_artifact,
     verify_artifact,
 )
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.lora.folder import AdapterSource
 from torchweave_ray.models.mapped_file import map_shared
@@ -109,7 +109,7 @@ def load_model(
         lease = hold_artifact(artifact_dir)
         whole = None if weights is None else map_shared(weights)
         manifest = verify_artifact(artifact_dir, elsewhere=() if whole is None else (WEIGHTS,))
-        model = _checked(ModelConfig.from_hf(read_hf_config(artifact_dir)))
+        model = _checked(ModelConfig.read(artifact_dir))
     device = resolve_device(config.runner.device)
     kernels = choose_kernels(device, config)
     placement = _placement(artifact_dir, manifest, config, device, kernels.ops)

@@ -34,7 +34,7 @@ from torchweave_ray.models.artifact import (
     hold_artifact,
     verify_artifact,
 )
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.registry import build_spec
@@ -80,10 +80,10 @@ class OpenDraft:
         self._lease = hold_artifact(directory)
         manifest, large = verify_artifact(directory), verify_artifact(served, elsewhere=(WEIGHTS,))
         check_same_tokens(directory, manifest, served, large)
-        model = ModelConfig.from_hf(read_hf_config(directory))
+        model = ModelConfig.read(directory)
         self._spec: DecoderSpec = build_spec(model)
         self._grouping = grouping_of(model, config)
-        served_groups = grouping_of(ModelConfig.from_hf(read_hf_config(served)), config).groups
+        served_groups = grouping_of(ModelConfig.read(served), config).groups
         self._blocks_per_block = _blocks_per_block(self._grouping.groups, served_groups)
         self._eos_token_ids = model.eos_token_ids
         self._max_position_embeddings = model.max_position_embeddings

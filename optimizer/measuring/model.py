@@ -20,7 +20,7 @@ from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.hf.opening import open_executor
 from torchweave_ray.kernels.machine import num_cores
 from torchweave_ray.models.artifact import Manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.executors import Placement, executor_name
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec, Executor
@@ -57,7 +57,7 @@ def open_staged(
     folder: Path, manifest: Manifest, threads: int, executor: Literal["auto", "torch"] = "auto"
 ) -> MeasuredModel:
     """As a replica on this machine's CPU would serve it; torch: as it would without kernels."""
-    config = ModelConfig.from_hf(read_hf_config(folder))
+    config = ModelConfig.read(folder)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[manifest.dtype]
     placement = Placement(dtype, torch.device("cpu"), threads, executor)
     opened = open_executor(folder, config, manifest, placement, TorchPagedAttention())

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from optimizer.progress import Progress
 from optimizer.tensor_file import DTYPES, TensorWriter
 from torchweave_ray.models.artifact import WEIGHTS, Manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import LAYOUT, StoredTensor, fused_tensors
 
 
@@ -32,7 +32,7 @@ class FuseStage:
         folder.mkdir(exist_ok=True)
         for path in source.glob("*.json"):
             shutil.copyfile(path, folder / path.name)
-        fused = fused_tensors(ModelConfig.from_hf(read_hf_config(source)))
+        fused = fused_tensors(ModelConfig.read(source))
         dtype = DTYPES[manifest.dtype]
         entries = [StoredTensor(tensor.name, tensor.shape, dtype) for tensor in fused]
         self.progress.expect((source / WEIGHTS).stat().st_size)

@@ -22,7 +22,7 @@ from optimizer.store import link_file, sync_path
 from optimizer.target import is_gpu
 from optimizer.tensor_file import DTYPES, write_tensors
 from torchweave_ray.models.artifact import WEIGHTS, Manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.mapped_file import cache_in_huge_pages
 from torchweave_ray.models.tensors import (
     PACKED,
@@ -63,7 +63,7 @@ class PackStage:
             self.progress.advance(size)
             return replace(manifest, layout=QUANTIZED_ROWS) if manifest.quantization else manifest
         layout = QUANTIZED if manifest.quantization else PACKED
-        config = ModelConfig.from_hf(read_hf_config(documents))
+        config = ModelConfig.read(documents)
         tensors = stored_order(fused_tensors(config, manifest.quantization), layout)
         dtype = DTYPES[manifest.dtype]
         write_tensors(

@@ -34,7 +34,7 @@ from torchweave_ray.kernels.quantization import (
     quantize,
 )
 from torchweave_ray.models.artifact import TOKENIZER, WEIGHTS, Manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import FusedTensor, StoredTensor, fused_tensors
 
 RESULT = "quantization.json"
@@ -88,7 +88,7 @@ class QuantizeStage:
     def _quantize(
         self, work: Path, manifest: Manifest, reports: dict[str, GroupReport]
     ) -> Manifest:
-        config = ModelConfig.from_hf(read_hf_config(work / "fuse"))
+        config = ModelConfig.read(work / "fuse")
         products = {t.name: t.group for t in fused_tensors(config) if t.group}
         quantization = self.recipe.quantization.formats(products)
         tensors = fused_tensors(config, quantization)

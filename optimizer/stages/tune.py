@@ -31,7 +31,7 @@ from optimizer.store import write_atomically
 from optimizer.target import why_not_measured
 from torchweave_ray.kernels.machine import fingerprint
 from torchweave_ray.models.artifact import WEIGHTS, Manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 
 RESULT = "tuning.json"
 _THREADS_SHARE = 0.3
@@ -78,7 +78,7 @@ class TuneStage:
         budget = self.recipe.tuning_budget_s
         size = (packed / WEIGHTS).stat().st_size
         self.progress.expect(size)
-        longest = ModelConfig.from_hf(read_hf_config(packed)).max_position_embeddings
+        longest = ModelConfig.read(packed).max_position_embeddings
         with all_cores() as cores:
             candidates = sorted({cores, max(1, cores // 2)}, reverse=True)
             probed: dict[int, dict[Batch, MeasuredStep]] = {}

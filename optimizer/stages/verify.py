@@ -29,7 +29,7 @@ from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.hf.opening import executor_of
 from torchweave_ray.models.artifact import TOKENIZER, Manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.tensors import LAYOUT
 
@@ -62,7 +62,7 @@ class VerifyStage:
             for name in (RESULT, SPEED):
                 write_atomically(folder / name, json.dumps(None))
             return manifest
-        config = ModelConfig.from_hf(read_hf_config(work / "pack"))
+        config = ModelConfig.read(work / "pack")
         windows = text_windows(work / "pack" / TOKENIZER, config.max_position_embeddings)
         tensors = SourceTensors(open_fetched(work), config, self.progress.advance)
         self.progress.expect(tensors.num_bytes)

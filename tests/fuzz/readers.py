@@ -44,7 +44,7 @@ from torchweave_ray.models.artifact import (
     verify_artifact,
 )
 from torchweave_ray.models.artifact.manifest import compute_artifact_id, signed_json
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.lora.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraAdapter
 from torchweave_ray.models.weights import load_weights
 from torchweave_ray.tokenizer import load_tokenizer
@@ -163,7 +163,7 @@ def artifact_reader(folder: Path) -> tuple[Make, Read]:
             verify_artifact(folder)
         with suppress(*OURS):
             load_tokenizer(folder)
-        config = ModelConfig.from_hf(read_hf_config(folder))
+        config = ModelConfig.read(folder)
         found = read_manifest(folder) if rng.random() < 0.5 else manifest
         for tensor in load_weights(
             folder, config, torch.float32, torch.device("cpu"), replace(found)

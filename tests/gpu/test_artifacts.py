@@ -18,7 +18,7 @@ from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.quantization import QuantizedLinear, dequantize
 from torchweave_ray.models.artifact import verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.ops import TorchOps, Weight
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.tensors import QUANTIZED_ROWS
@@ -36,7 +36,7 @@ def test_rows_of_codes(tmp_path: Path, name: str) -> None:
     artifact = optimize(recipe, tmp_path / "store")
     manifest = verify_artifact(artifact, full=True)
     assert manifest.layout == QUANTIZED_ROWS
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     codes = load_products(artifact, config, torch.float32, CPU)
     plain = load_weights(artifact, config, torch.float32, CPU)
     is_coded = {key for key, weight in codes.items() if isinstance(weight, QuantizedLinear)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.engine.kv_groups import KVGroups
 from torchweave_ray.engine.plan import RuntimeLimits, ScheduledSequence, StepOutput, StepPlan
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.weights import load_weights
@@ -87,7 +87,7 @@ def test_replayed_decodes_give_the_tokens_of_plain_ones(
     """Of a model with two KV groups, whose blocks lie in the same memory."""
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
     artifact = make_tiny_artifact(tmp_path, num_hidden_layers=2, **heads)
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     spec = build_spec(config)
     weights = load_weights(artifact, config, torch.float32, device)
     executor = TorchExecutor(spec, weights, TritonPagedAttention(), TritonOps())

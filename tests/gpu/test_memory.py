@@ -11,7 +11,7 @@ from tests.tiny import make_tiny_artifact
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ConfigError
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.upload import Uploader
@@ -59,7 +59,7 @@ def test_memory_that_another_process_took_makes_a_smaller_cache_or_an_error() ->
 def test_the_largest_steps_run_in_a_cache_of_one_prompt(tmp_path: Path) -> None:
     """What a GPU is measured with, here for its result alone: it stays within its blocks."""
     artifact = make_tiny_artifact(tmp_path)
-    model = ModelConfig.from_hf(read_hf_config(artifact))
+    model = ModelConfig.read(artifact)
     spec = build_spec(model)
     weights = load_weights(artifact, model, torch.float32, CPU)
     executor = TorchExecutor(spec, weights, TorchPagedAttention())

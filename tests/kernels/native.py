@@ -14,7 +14,7 @@ from tests.parity.paged import PagedDecoder, Text, random_texts
 from torchweave_ray.kernels.library import Library
 from torchweave_ray.kernels.packing import PackedLinear, pack_linear
 from torchweave_ray.kernels.quantization import QuantizedFormat, quantize
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.native_executor import NativeExecutor
 from torchweave_ray.models.tensors import fused_tensors
 from torchweave_ray.models.weights import load_weights
@@ -53,7 +53,7 @@ class NativeDecoder(PagedDecoder):
         formats: Formats | None = None,
     ) -> None:
         super().__init__(artifact, num_blocks=128, block_size=16, dtype=torch.bfloat16, seed=seed)
-        config = ModelConfig.from_hf(read_hf_config(artifact))
+        config = ModelConfig.read(artifact)
         weights = load_weights(artifact, config, torch.bfloat16, torch.device("cpu"))
         packed = quantized_weights(config, weights, formats or {})
         self.executor = NativeExecutor(self.spec, packed, library, threads)

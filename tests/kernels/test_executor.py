@@ -23,7 +23,7 @@ from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.library import ISA_VARIABLE, Library
 from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
 from torchweave_ray.llm import LLM
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.emitter import CannotLower
 from torchweave_ray.models.lowering import lower
 from torchweave_ray.models.registry import build_spec
@@ -61,7 +61,7 @@ def test_quantized_logits_are_those_of_the_weights_they_stand_for(
     formats = FORMATS[name]
     texts = random_texts(1, 30, 70)
     exact = PagedDecoder(artifact)
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
     meant = {
         tensor: unpack_linear(w) if isinstance(w, PackedLinear) else w
@@ -143,7 +143,7 @@ def test_what_cannot_be_lowered_says_why(
     with caplog.at_level(logging.WARNING), LLM(artifact, max_model_len=64) as llm:
         assert llm.info.executor == "torch"
     assert "the torch executor runs this model" in caplog.text
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
     fits = make_tiny_artifact(tmp_path / "fits", dtype=torch.bfloat16)
     with pytest.raises(CannotLower, match="float32"):

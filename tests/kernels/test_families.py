@@ -20,7 +20,7 @@ from tests.tiny import make_tiny_artifact
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
 from torchweave_ray.kernels.library import KernelsUnavailable, Library, load_library
 from torchweave_ray.kernels.packing import PackedLinear, unpack_linear
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.models.weights import load_weights
 
@@ -57,7 +57,7 @@ def test_on_every_instruction_set(artifact: Path, library: Library) -> None:
 def test_quantised_experts(tmp_path: Path, best: Library) -> None:
     make_tiny_artifact(tmp_path, dtype=torch.bfloat16, **FAMILIES["qwen3-moe"])
     formats = FORMATS["mixed"] | {"experts.gate_up": "int8-group32"}
-    config = ModelConfig.from_hf(read_hf_config(tmp_path))
+    config = ModelConfig.read(tmp_path)
     weights = load_weights(tmp_path, config, torch.float32, CPU)
     packed = quantized_weights(config, weights, formats)
     meant = {n: unpack_linear(w) if isinstance(w, PackedLinear) else w for n, w in packed.items()}

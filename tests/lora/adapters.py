@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.lora.fitted import FittedAdapter, fit
 from torchweave_ray.models.lora.peft import LoraAdapter
 from torchweave_ray.models.tensors import fused_tensors
@@ -54,7 +54,7 @@ def make_adapter(
 
 def shapes_of(model: Path) -> Mapping[str, tuple[int, ...]]:
     """Of each module of the layers, by its Hugging Face name."""
-    config = ModelConfig.from_hf(read_hf_config(model))
+    config = ModelConfig.read(model)
     return {
         name.removesuffix(".weight"): shape
         for tensor in fused_tensors(config)
@@ -64,5 +64,5 @@ def shapes_of(model: Path) -> Mapping[str, tuple[int, ...]]:
 
 
 def fitted(folder: Path, model: Path) -> FittedAdapter:
-    config = ModelConfig.from_hf(read_hf_config(model))
+    config = ModelConfig.read(model)
     return fit(LoraAdapter(folder), fused_tensors(config))

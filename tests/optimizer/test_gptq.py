@@ -26,7 +26,7 @@ from tests.optimizer.gguf_files import make_gguf
 from tests.tiny import make_checkpoint
 from torchweave_ray.kernels.quantization import QuantizedFormat, dequantize, quantize
 from torchweave_ray.models.artifact import read_report
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 
 FORMATS: tuple[QuantizedFormat, ...] = ("int8", "int8-group32", "int4-group32")
 GPTQ = Quantization("int4-group32", "int8-group32", method="gptq")
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(
 
 def test_a_layerwise_run_is_the_models(tmp_path: Path, source: Path) -> None:
     """With nothing replaced; and with weights that are replaced it sees what they give."""
-    config = ModelConfig.from_hf(read_hf_config(source))
+    config = ModelConfig.read(source)
     checkpoint = open_checkpoint(source)
     windows = calibration_windows(source / "tokenizer.json", 64)[:3]
     tensors = SourceTensors(checkpoint, config, lambda num_bytes: None)

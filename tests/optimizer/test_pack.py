@@ -21,7 +21,7 @@ from torchweave_ray.kernels.library import ISA_VARIABLE, KernelsUnavailable, loa
 from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.artifact import MANIFEST, WEIGHTS, read_manifest, verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.lowering import lower
 from torchweave_ray.models.mapped_file import cache_in_huge_pages, map_file, tensors_in
 from torchweave_ray.models.registry import build_spec
@@ -50,7 +50,7 @@ def _stage(tmp_path: Path, name: str = "plain", **recipe: Any) -> Path:
 
 
 def _config(artifact: Path) -> ModelConfig:
-    return ModelConfig.from_hf(read_hf_config(artifact))
+    return ModelConfig.read(artifact)
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))

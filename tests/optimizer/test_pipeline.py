@@ -18,14 +18,14 @@ from tests.optimizer.conftest import Recorder
 from tests.tiny import CHAT_TEMPLATE, make_checkpoint, make_tiny_artifact
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import read_manifest, verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.weights import load_weights
 
 CPU = torch.device("cpu")
 
 
 def _weights(artifact: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return load_weights(artifact, ModelConfig.from_hf(read_hf_config(artifact)), dtype, CPU)
+    return load_weights(artifact, ModelConfig.read(artifact), dtype, CPU)
 
 
 def _equal(left: Path, right: Path) -> bool:

@@ -26,7 +26,7 @@ from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.kernels.quantization import dequantize, quantize
 from torchweave_ray.llm import LLM
 from torchweave_ray.models.artifact import WEIGHTS, read_manifest, read_report, verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import PACKED, QUANTIZED, fuse, fused_tensors
 from torchweave_ray.models.weights import load_weights, map_packed
 from torchweave_ray.sampling_params import SamplingParams
@@ -43,7 +43,7 @@ def _stage(tmp_path: Path, source: Path, quantization: Quantization, **recipe: A
 
 
 def _config(artifact: Path) -> ModelConfig:
-    return ModelConfig.from_hf(read_hf_config(artifact))
+    return ModelConfig.read(artifact)
 
 
 def _fused_source(source: Path, config: ModelConfig) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from optimizer.sources import IndexSource
 from tests.smollm2 import staged_smollm2
 from torchweave_ray.kernels.packing import PackedLinear
 from torchweave_ray.models.artifact import read_manifest, read_report, verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import PACKED, QUANTIZED, fused_tensors
 from torchweave_ray.models.weights import load_weights, map_packed
 
@@ -58,7 +58,7 @@ def test_the_artifact(artifact: Path) -> None:
     assert (manifest.source, manifest.source_sha256) == (recipe.source, recipe.sha256)
     assert manifest.artifact_id == artifact.name.rpartition("-")[2]
     assert (manifest.architecture, manifest.dtype) == ("LlamaForCausalLM", "bfloat16")
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (49152, 576, 30)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
     assert (config.rope.theta, config.rms_norm_eps) == (100000.0, 1e-5)
@@ -74,7 +74,7 @@ def test_the_artifact(artifact: Path) -> None:
 
 def test_weights_are_mapped_pages(artifact: Path) -> None:
     assert read_manifest(artifact).layout == PACKED
-    stored = map_packed(artifact, ModelConfig.from_hf(read_hf_config(artifact)))
+    stored = map_packed(artifact, ModelConfig.read(artifact))
     packed = [t.data for t in stored.values() if isinstance(t, PackedLinear)]
     assert len(packed) == 4 * 30 + 1
     assert all(t.data_ptr() % 4096 == 0 for t in packed)
@@ -102,7 +102,7 @@ def test_quantised_recipes_pass_their_bars_on_the_kernels(name: str) -> None:
     assert quality["top1"] > bars["min_top1"] > 0.9
     ratio = quality["perplexity"] / quality["reference_perplexity"]
     assert ratio < bars["max_perplexity_ratio"] < 1.03
-    stored = map_packed(artifact, ModelConfig.from_hf(read_hf_config(artifact)))
+    stored = map_packed(artifact, ModelConfig.read(artifact))
     formats = [t.format for t in stored.values() if isinstance(t, PackedLinear)]
     assert formats.count("int8-group32") == 1
     assert len(formats) == 4 * 30 + 1
@@ -118,7 +118,7 @@ def test_the_int4_recipe_holds_the_numbers_of_the_source(gguf_file: Path, tmp_pa
     groups = read_report(artifact)["quantization"]
     lossless = {name: (g["num_lossless"], g["num_rounded"]) for name, g in groups.items()}
     assert lossless == {"head": (1, 0), "layers": (4 * 30, 0)}
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     ours = load_weights(artifact, config, torch.float32, torch.device("cpu"))
     source = open_checkpoint(gguf_file)
     for fused in fused_tensors(config):
@@ -161,7 +161,7 @@ def test_tensors_of_transformers(artifact: Path, gguf_file: Path) -> None:
         dtype=torch.float32,
     )
     theirs = model.state_dict()
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     ours = load_weights(artifact, config, torch.bfloat16, torch.device("cpu"))
     for fused in fused_tensors(config):
         wanted = torch.cat([theirs[source] for source in fused.sources]).to(torch.bfloat16)

@@ -26,7 +26,7 @@ from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.kernels.quantization import QuantizedFormat
 from torchweave_ray.models.artifact import read_manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.ops import TorchOps
 from torchweave_ray.models.registry import build_spec
@@ -74,7 +74,7 @@ def run_ranks(
     artifact: Path, num_ranks: int, codes: bool = False, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     manifest = read_manifest(artifact)
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     attention = TorchPagedAttention()
     placement = Placement(dtype, CPU, 1, ops=TorchOps(attention) if codes else None)
     store = Collectives.open_store()
@@ -93,7 +93,7 @@ def run_ranks(
 def run_whole(
     artifact: Path, codes: bool = False, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     load = load_products if codes else load_weights
     weights: Mapping[str, Any] = load(artifact, config, dtype, CPU)
     spec = build_spec(config)
@@ -146,7 +146,7 @@ def test_quantised_weights_are_sliced_as_codes(
 
 def test_a_rank_holds_its_share_and_no_more(tmp_path: Path) -> None:
     artifact = make_tiny_artifact(tmp_path / "a", **FAMILIES["qwen3-moe"])
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     whole = load_weights(artifact, config, torch.float32, CPU)
     own = open_slice(
         artifact,
@@ -203,7 +203,7 @@ def test_options_that_need_one_rank_are_refused_by_name(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     artifact = make_tiny_artifact(tmp_path / "a")
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     manifest = read_manifest(artifact)
     with pytest.raises(ConfigError, match=f"^{name} does not go with tensor_parallel_size 2"):
         check_ranks(

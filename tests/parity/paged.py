@@ -23,7 +23,7 @@ from torchweave_ray.attention.base import (
     StepInputs,
 )
 from torchweave_ray.attention.torch_paged import TorchPagedAttention
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.ops import Ops
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec
@@ -108,7 +108,7 @@ class PagedDecoder:
         ops: Ops | None = None,
     ) -> None:
         """`attention`, `ops`: None: the reference's."""
-        config = ModelConfig.from_hf(read_hf_config(artifact))
+        config = ModelConfig.read(artifact)
         self.spec: DecoderSpec = build_spec(config)
         self.block_size = block_size
         self._device = device

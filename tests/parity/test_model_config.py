@@ -11,7 +11,7 @@ import pytest
 from tests.families import FAMILIES
 from tests.tiny import TINY_CONFIG
 from torchweave_ray.errors import ArtifactError
-from torchweave_ray.models.config import ModelConfig, RopeConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig, RopeConfig
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -82,12 +82,12 @@ def test_end_tokens(value: Any, ids: tuple[int, ...]) -> None:
 
 def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**TINY_CONFIG, "eos_token_id": 9}))
-    assert ModelConfig.from_hf(read_hf_config(tmp_path)).eos_token_ids == (9,)
+    assert ModelConfig.read(tmp_path).eos_token_ids == (9,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
-    assert ModelConfig.from_hf(read_hf_config(tmp_path)).eos_token_ids == (9, 8)
+    assert ModelConfig.read(tmp_path).eos_token_ids == (9, 8)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"config\.json cannot be read"):
-        read_hf_config(tmp_path)
+        ModelConfig.read(tmp_path)
 
 
 @pytest.mark.parametrize(

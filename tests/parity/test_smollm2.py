@@ -12,7 +12,7 @@ import torch
 from tests.parity.paged import PagedDecoder, Text
 from tests.smollm2 import staged_smollm2
 from torchweave_ray.llm import LLM
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import fused_tensors
 from torchweave_ray.models.weights import load_weights
 from torchweave_ray.sampling_params import SamplingParams
@@ -38,7 +38,7 @@ def reference(artifact: Path) -> Any:
     """transformers' own model over the artifact's weights, taken apart again."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
     state = {}
     for tensor in fused_tensors(config):

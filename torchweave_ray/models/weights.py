@@ -16,7 +16,7 @@ from torchweave_ray.errors import ArtifactError
 from torchweave_ray.kernels.packing import PackedLinear, unpack_linear, unpack_quantized
 from torchweave_ray.kernels.quantization import QuantizedLinear, dequantize
 from torchweave_ray.models.artifact import WEIGHTS, Manifest, read_manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.mapped_file import map_file, tensors_in
 from torchweave_ray.models.tensors import (
     LAYOUT,
@@ -130,7 +130,7 @@ def map_packed(
 
 def check_weights(directory: Path, manifest: Manifest) -> None:
     """Raises ArtifactError unless this build reads the layout, and every tensor is as it says."""
-    config = ModelConfig.from_hf(read_hf_config(directory))
+    config = ModelConfig.read(directory)
     for _ in _read(directory, config, manifest, None):
         pass
 

@@ -20,7 +20,7 @@ import torch
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.errors import ArtifactError, ConfigError
 from torchweave_ray.models.artifact import read_manifest
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.executors import Placement
 from torchweave_ray.models.torch_executor import TorchExecutor
 from torchweave_ray.parallel.channel import Channel, Message, connect
@@ -89,7 +89,7 @@ class Rank:
         self._device = resolve_device(engine.runner.device)
         folder = Path(directory)
         manifest = read_manifest(folder)
-        model = ModelConfig.from_hf(read_hf_config(folder))
+        model = ModelConfig.read(folder)
         kernels = choose_kernels(self._device, engine)
         placement = Placement(
             resolve_dtype(engine.runner.dtype, manifest.dtype),

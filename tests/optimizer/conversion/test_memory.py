@@ -14,7 +14,7 @@ import torch
 from tests.optimizer.gguf_files import make_gguf
 from tests.tiny import make_checkpoint
 from torchweave_ray.models.artifact import WEIGHTS
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.tensors import fused_tensors
 
 ROOT = Path(__file__).parents[3]
@@ -43,7 +43,7 @@ def _sharded(folder: Path, code: str, itemsize: int, num_shards: int, **config: 
     (folder / "config.json").write_text(json.dumps(values))
     shapes = {
         name: shape
-        for fused in fused_tensors(ModelConfig.from_hf(read_hf_config(folder)))
+        for fused in fused_tensors(ModelConfig.read(folder))
         for name, shape in zip(fused.sources, fused.source_shapes, strict=True)
     }
     total = sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -24,7 +24,7 @@ from tests.optimizer.sources.fake_hub import FakeHub
 from tests.tiny import make_checkpoint
 from torchweave_ray.errors import ArtifactError
 from torchweave_ray.models.artifact import file_sha256, read_manifest, verify_artifact
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.weights import load_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -262,7 +262,7 @@ def test_random_weights_of_any_shape(tmp_path: Path) -> None:
     artifact = optimize(_random(lent), tmp_path / "store")
     manifest = read_manifest(artifact)
     assert (manifest.source, manifest.dtype) == ("random:0", "bfloat16")
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     weights = load_weights(artifact, config, torch.float32, torch.device("cpu"))
     assert weights["layers.1.gate_up_proj.weight"].shape == (192, 64)
     assert weights["head.weight"].std().item() == pytest.approx(0.02, rel=0.05)

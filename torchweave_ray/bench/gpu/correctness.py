@@ -17,7 +17,7 @@ from torchweave_ray.bench.gpu.random_model import FAMILIES, TINY, TINYLLAMA, mak
 from torchweave_ray.engine.plan import ScheduledSequence
 from torchweave_ray.kernels.triton.ops import TritonOps
 from torchweave_ray.llm import LLM
-from torchweave_ray.models.config import ModelConfig, read_hf_config
+from torchweave_ray.models.config import ModelConfig
 from torchweave_ray.models.registry import build_spec
 from torchweave_ray.models.spec import DecoderSpec
 from torchweave_ray.models.torch_executor import TorchExecutor
@@ -70,7 +70,7 @@ def check_texts(folder: Path, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _logits_error(artifact: Path, dtype: torch.dtype, device: torch.device) -> float:
-    config = ModelConfig.from_hf(read_hf_config(artifact))
+    config = ModelConfig.read(artifact)
     spec, weights = build_spec(config), load_weights(artifact, config, dtype, device)
     executors = (
         TorchExecutor(spec, weights, TritonPagedAttention(), TritonOps()),

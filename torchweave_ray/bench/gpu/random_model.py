@@ -96,7 +96,7 @@ def make_artifact(folder: Path, hf_config: Mapping[str, Any], dtype: torch.dtype
 
 def state_dict(folder: Path) -> dict[str, Tensor]:
     """An artifact's weights under Hugging Face's names."""
-    config = ModelConfig.from_hf(json.loads((folder / CONFIG).read_text()))
+    config = ModelConfig.read(folder)
     stored = load_file(folder / WEIGHTS)
     found: dict[str, Tensor] = {}
     for tensor in fused_tensors(config):

@@ -9,7 +9,6 @@ from torchweave_ray.models.config.model import (
     SUPPORTED_ARCHITECTURES,
     ModelConfig,
     eos_token_ids,
-    read_hf_config,
 )
 from torchweave_ray.models.config.rope import RopeConfig
 
@@ -21,5 +20,4 @@ __all__ = [
     "ModelConfig",
     "RopeConfig",
     "eos_token_ids",
-    "read_hf_config",
 ]

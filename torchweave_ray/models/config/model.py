@@ -108,6 +108,17 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
+    def read(cls, directory: Path) -> ModelConfig:
+        """`config.json` of an artifact or checkpoint; its end tokens joined by those of
+        `generation_config.json`, which may list more (Llama 3). Raises ArtifactError."""
+        config = _read_json(directory / CONFIG)
+        generation = directory / GENERATION_CONFIG
+        if generation.is_file():
+            more = eos_token_ids(_read_json(generation))
+            config["eos_token_id"] = list(dict.fromkeys((*eos_token_ids(config), *more)))
+        return cls.from_hf(config)
+
+    @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Raises ArtifactError naming the key that is missing, wrong or not supported."""
         if KEY in config:
@@ -152,17 +163,6 @@ def _foreign(config: Mapping[str, Any]) -> ModelConfig:
         eos_token_ids=eos_token_ids(config),
         **read_foreign(config),
     )
-
-
-def read_hf_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of an artifact or checkpoint; its end tokens joined by those of
-    `generation_config.json`, which may list more (Llama 3). Raises ArtifactError."""
-    config = _read_json(directory / CONFIG)
-    generation = directory / GENERATION_CONFIG
-    if generation.is_file():
-        more = eos_token_ids(_read_json(generation))
-        config["eos_token_id"] = list(dict.fromkeys((*eos_token_ids(config), *more)))
-    return config
 
 
 def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
