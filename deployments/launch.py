@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
@@ -32,6 +31,7 @@ from deployments.status import the_error_in
 from optimizer.task import check_recipe
 from torchweave_ray.api.access.key_file import read_keys
 from torchweave_ray.config import EngineConfig
+from torchweave_ray.documents import read_document
 from torchweave_ray.errors import ConfigError, TorchWeaveError
 
 BUILDER = "deployments.app:build"
@@ -81,12 +81,7 @@ def _absolute(artifact: str | Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = read_document(path)
     if not isinstance(values, dict) or not values.get("applications"):
         raise ConfigError(f"{path} is not a Serve configuration: it lists no applications")
     return values

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from optimizer.adapters import Adapter, parse_adapters
 from optimizer.quantization import NONE, Quantization, parse_quantization
 from optimizer.sources import (
@@ -29,6 +27,7 @@ from optimizer.sources import (
     parse_source,
 )
 from optimizer.target import THIS_MACHINE, check_target, is_gpu
+from torchweave_ray.documents import read_document
 from torchweave_ray.errors import ConfigError, nearest
 from torchweave_ray.models.artifact import MANIFEST
 
@@ -178,13 +177,7 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
 
 def load_recipe(path: Path) -> Recipe:
     """Read a YAML recipe; a relative path in `source` is taken from the recipe's own folder."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    return recipe_from_mapping(values, path)
+    return recipe_from_mapping(read_document(path, "recipe "), path)
 
 
 def recipe_from_mapping(values: Any, path: Path) -> Recipe:

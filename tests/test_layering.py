@@ -41,10 +41,10 @@ def _rule(may: str | None, never: str) -> Rule:
 
 CONTRACTS = "deadline errors outputs reported sampling_params stream_origin"
 DEPLOYMENTS_MAY = _ours(
-    f"{CONTRACTS} build config api batch metrics tokenizer block_hash engine.async_engine "
-    "parallel.launch parallel.rank"
+    f"{CONTRACTS} build config documents api batch metrics tokenizer block_hash "
+    "engine.async_engine parallel.launch parallel.rank"
 ) | {TW + "kernels.machine", "optimizer.task"}
-OPTIMIZER_MAY = _ours("models hf kernels attention errors")
+OPTIMIZER_MAY = _ours("models hf kernels attention documents errors")
 RULES = {
     TW + "engine": _rule(
         f"{CONTRACTS} metrics tracing config block_hash tokenizer", "torch transformers"
@@ -60,15 +60,13 @@ RULES = {
     TW + "hf": _rule("models attention kernels errors", "asyncio"),
     TW + "attention": _rule("kernels errors", "transformers asyncio"),
     TW + "kernels": _rule("attention.base errors", "transformers asyncio"),
-    TW + "api": _rule(f"{CONTRACTS} metrics tracing tokenizer block_hash", "torch"),
+    TW + "api": _rule(f"{CONTRACTS} documents metrics tracing tokenizer block_hash", "torch"),
     TW + "bench": _rule(None, ""),
     TW + "cli": Rule(None, frozenset()),
     "torchweave_ray": _rule(None, ""),
     "deployments": Rule(DEPLOYMENTS_MAY, frozenset({"torch"})),
     "deployments.bench": Rule(DEPLOYMENTS_MAY | _ours("bench.transport"), frozenset({"torch"})),
-    "optimizer": Rule(
-        _ours("models hf kernels attention errors"), frozenset({"ray", "deployments"})
-    ),
+    "optimizer": Rule(OPTIMIZER_MAY, frozenset({"ray", "deployments"})),
     "optimizer.task": Rule(OPTIMIZER_MAY, frozenset({"deployments"})),
 }
 """The longest matching name decides. Leaf modules of torchweave_ray follow its own row."""
@@ -82,6 +80,7 @@ LEAVES = (
     "outputs",
     "block_hash",
     "config",
+    "documents",
     "tokenizer",
     "metrics",
     "tracing",

@@ -29,6 +29,7 @@ from torchweave_ray.kernels.machine import fingerprint
 from torchweave_ray.loading.info import describe
 from torchweave_ray.loading.memory import ModelMemory
 from torchweave_ray.loading.opened import Alone, OpenedModel
+from torchweave_ray.loading.tuning import TunedSettings, tuned_settings, tuned_threads
 from torchweave_ray.models.artifact import (
     WEIGHTS,
     Lease,
@@ -61,7 +62,6 @@ from torchweave_ray.runner.model_runner import ModelRunner
 from torchweave_ray.runner.opening import open_runner, run_first_step
 from torchweave_ray.tokenizer import Tokenizer
 from torchweave_ray.tokenizer.grammar import GrammarCompiler, make_vocabulary
-from torchweave_ray.tuning import TunedSettings, tuned_settings, tuned_threads
 
 logger = logging.getLogger(__name__)
 

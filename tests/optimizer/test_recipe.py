@@ -76,6 +76,16 @@ def test_a_reference_that_means_nothing(reference: str, says: str) -> None:
         resolve_recipe(reference)
 
 
+@pytest.mark.parametrize("name", ["r.yaml", "r.json"])
+@pytest.mark.parametrize("content", [b"a: \xff", b"a: 2020-13-45", b"[" * 5000, b"a: {"])
+def test_a_file_that_is_no_document(tmp_path: Path, name: str, content: bytes) -> None:
+    """Not text, a date that never was, too deep, not closed: none is a stack trace."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"recipe .*{name} is not (YAML|JSON): "):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -23,8 +23,8 @@ from torchweave_ray.build import LoadedModel, load_model
 from torchweave_ray.config import EngineConfig, SchedulerConfig
 from torchweave_ray.config import StepCost as Costs
 from torchweave_ray.kernels.machine import cpu_model, fingerprint, num_cores
+from torchweave_ray.loading.tuning import TunedSettings, tuned_threads
 from torchweave_ray.models.artifact import write_report
-from torchweave_ray.tuning import TunedSettings, tuned_threads
 
 STEPS = ((1, 64.5), (8, 516.0), (8, 3844.0), (128, 8192.0), (128, 57344.0), (512, 131072.0))
 

@@ -56,18 +56,10 @@ def read_engine_config(path: Path | None) -> EngineConfig:
 def read_engine_options(path: Path | None) -> dict[str, Any]:
     """The file as it is, but that a draft model which is named by its recipe is staged. Raises
     ConfigError for what cannot be read."""
-    import yaml
-
+    from torchweave_ray.documents import read_document
     from torchweave_ray.errors import ConfigError
 
-    if path is None:
-        return {}
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = {} if path is None else read_document(path) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping")
     speculation = values.get("speculation")

@@ -24,7 +24,7 @@ def entry(**values: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("keys: [", "keys.yaml: while parsing"),
+        ("keys: [", "keys.yaml is not YAML: while parsing"),
         ("[]", "must be a mapping with the list `keys`"),
         ("key: []", "keys is required"),
         (json.dumps({"keys": [entry(wieght=2)]}), "unknown field 'keys[0].wieght'"),
@@ -48,7 +48,7 @@ def test_a_wrong_file_is_refused_with_its_field(tmp_path: Path, text: str, compl
 
 
 def test_a_missing_file_is_an_error_and_not_an_open_door(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot read keys file"):
         read_keys(tmp_path / "none.yaml")
 
 

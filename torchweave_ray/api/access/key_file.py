@@ -22,6 +22,7 @@ import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from torchweave_ray.api.errors import invalid_body
+from torchweave_ray.documents import read_document
 from torchweave_ray.errors import ConfigError
 
 KEY_PREFIX = "tw-"
@@ -93,14 +94,7 @@ def new_key() -> str:
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """Raises ConfigError naming the file, the entry and its field."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"keys file {path} cannot be read: {error}") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"keys file {path}: {' '.join(str(error).split())}") from error
+    values = read_document(path, "keys file ")
     if not isinstance(values, dict):
         raise ConfigError(f"keys file {path} must be a mapping with the list `keys`")
     try:

@@ -24,11 +24,11 @@ from torchweave_ray.engine.plan import (
     StepPlan,
     StepResult,
 )
+from torchweave_ray.loading.tuning import TunedSettings
 from torchweave_ray.models.artifact import Manifest
 from torchweave_ray.outputs import ModelInfo
 from torchweave_ray.runner.model_runner import ModelRunner
 from torchweave_ray.tokenizer import TOKENIZER_FILE
-from torchweave_ray.tuning import TunedSettings
 
 END = "<|end|>"
 MODEL = "echo"
