@@ -6,9 +6,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -17,11 +15,8 @@ import pytest
 
 from tests.grammar.schemas import max_bytes, random_schema
 from tests.smollm2 import staged_smollm2
-from torchweave_ray.api.app import create_app
-from torchweave_ray.build import build_engine, load_model
+from torchweave_ray.batch.local import local_app
 from torchweave_ray.config import EngineConfig
-from torchweave_ray.engine.async_engine import AsyncEngine
-from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.weights
 FEW, MANY = 12, 200
@@ -29,27 +24,15 @@ LONGEST = 4000
 CONTEXT = 4200
 
 
-@asynccontextmanager
-async def _client(artifact: Path) -> AsyncIterator[httpx.AsyncClient]:
-    config = EngineConfig.from_dict({"max_model_len": CONTEXT})
-    loaded, tokenizer = load_model(artifact, config), load_tokenizer(artifact)
-    backend = AsyncEngine(build_engine(loaded, config, tokenizer), loaded.info)
-    backend.start()
-
-    async def load(model_id: str) -> Tokenizer:
-        return tokenizer
-
-    transport = httpx.ASGITransport(create_app(backend, load))
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://test", timeout=None
-    ) as client:
-        yield client
-    backend.close()
-
-
 def _with_client(act: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with _client(staged_smollm2()) as client:
+        config = EngineConfig.from_dict({"max_model_len": CONTEXT})
+        async with (
+            local_app(staged_smollm2(), config) as app,
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app), base_url="http://test", timeout=None
+            ) as client,
+        ):
             await act(client)
 
     asyncio.run(run())

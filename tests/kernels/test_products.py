@@ -14,20 +14,20 @@ from torchweave_ray.kernels.ops import NativeOps
 from torchweave_ray.kernels.packing import pack_linear, packed_shape, unpack_linear
 
 SHAPES = [(1, 1), (31, 7), (32, 64), (33, 65), (100, 576), (260, 127)]
-"""(n, k): less than a panel, odd k, tails."""
+"""(n, k): less than a panel, less than a group, odd k, tails."""
 NUM_ROWS = [0, 1, 2, 3, 11, 12, 13, 25, 61]
 
 
-def _randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _x(m: int, k: int) -> Tensor:
-    return _randn(m, k, seed=m, dtype=torch.bfloat16)
+def x_of(m: int, k: int) -> Tensor:
+    return randn(m, k, seed=m, dtype=torch.bfloat16)
 
 
 def _weight(n: int, k: int) -> Tensor:
-    return _randn(n, k, seed=n, dtype=torch.bfloat16) / k**0.5
+    return randn(n, k, seed=n, dtype=torch.bfloat16) / k**0.5
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -43,9 +43,9 @@ def test_unpacking_gives_the_weight_back(n: int, k: int, gated: bool) -> None:
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_products_equal_the_twin(ops: NativeOps, n: int, k: int) -> None:
-    packed, bias = pack_linear(_weight(n, k)), _randn(n)
+    packed, bias = pack_linear(_weight(n, k)), randn(n)
     for m in NUM_ROWS:
-        x = _x(m, k)
+        x = x_of(m, k)
         for options in ({}, {"bias": bias}, {"dtype": torch.bfloat16}):
             given: dict[str, Any] = dict(options)
             expected = twin.linear(x, packed, **given)
@@ -53,7 +53,7 @@ def test_products_equal_the_twin(ops: NativeOps, n: int, k: int) -> None:
             torch.testing.assert_close(
                 ops.linear(x, packed, **given), expected, rtol=rounding, atol=1e-4
             )
-        residual, copy = _randn(m, n, seed=1), _randn(m, n, seed=1)
+        residual, copy = randn(m, n, seed=1), randn(m, n, seed=1)
         added = ops.linear(x, packed, bias, residual=residual)
         assert added is residual
         torch.testing.assert_close(
@@ -64,11 +64,11 @@ def test_products_equal_the_twin(ops: NativeOps, n: int, k: int) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_gated_products_equal_the_twin(ops: NativeOps, n: int, k: int, activation: Any) -> None:
-    packed, bias = pack_linear(_weight(2 * n, k) * 4, gated=True), _randn(2 * n)
+    packed, bias = pack_linear(_weight(2 * n, k) * 4, gated=True), randn(2 * n)
     for m in NUM_ROWS:
         given = {"bias": bias, "activation": activation}
-        expected = twin.linear(_x(m, k), packed, **given)
-        actual = ops.linear(_x(m, k), packed, **given)
+        expected = twin.linear(x_of(m, k), packed, **given)
+        actual = ops.linear(x_of(m, k), packed, **given)
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
 
 
@@ -76,7 +76,7 @@ def test_gated_products_equal_the_twin(ops: NativeOps, n: int, k: int, activatio
 def test_a_rows_bits_depend_on_nothing_but_the_row(
     ops: NativeOps, one_thread: NativeOps, k: int
 ) -> None:
-    packed, x = pack_linear(_weight(96, k)), _x(500, k)
+    packed, x = pack_linear(_weight(96, k)), x_of(500, k)
     together = ops.linear(x, packed)
     assert torch.equal(one_thread.linear(x, packed), together)
     for m in range(1, 33):
@@ -87,7 +87,7 @@ def test_a_rows_bits_depend_on_nothing_but_the_row(
 
 
 def test_a_row_of_nan_stays_by_itself(ops: NativeOps) -> None:
-    packed, x = pack_linear(_weight(64, 64)), _x(5, 64)
+    packed, x = pack_linear(_weight(64, 64)), x_of(5, 64)
     x[2, 3] = torch.nan
     out = ops.linear(x, packed)
     assert out.isnan().any(dim=1).tolist() == [False, False, True, False, False]
@@ -99,7 +99,7 @@ def test_a_row_of_nan_stays_by_itself(ops: NativeOps) -> None:
 def test_norms_equal_the_twin(ops: NativeOps, n: int) -> None:
     for m in (0, 1, 3, 40):
         for offset in (0.0, 1.0):
-            x, weight = _randn(m, n) * 30, _randn(n, seed=2, dtype=torch.bfloat16)
+            x, weight = randn(m, n) * 30, randn(n, seed=2, dtype=torch.bfloat16)
             expected = twin.rms_norm(x, weight, 1e-5, offset)
             actual = ops.rms_norm(x, weight, 1e-5, offset)
             torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)

@@ -9,27 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.test_products import SHAPES, randn, x_of
 from torchweave_ray.kernels import twin
 from torchweave_ray.kernels.ops import NativeOps
 from torchweave_ray.kernels.packing import PackedLinear, pack_linear
 from torchweave_ray.kernels.quantization import QuantizedFormat, QuantizedLinear, quantize
 
 FORMATS: tuple[QuantizedFormat, ...] = ("int8", "int8-group32", "int4-group32")
-SHAPES = [(1, 1), (31, 7), (32, 64), (33, 65), (100, 576), (260, 127)]
-"""(n, k): less than a panel, less than a group, tails."""
 NUM_ROWS = [0, 1, 2, 3, 5, 6, 7, 13, 61]
 
 
-def _randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _x(m: int, k: int) -> Tensor:
-    return _randn(m, k, seed=m, dtype=torch.bfloat16)
-
-
 def _packed(n: int, k: int, format: QuantizedFormat, gated: bool = False) -> PackedLinear:
-    return pack_linear(quantize(_randn(n, k, seed=n) / k**0.5, format), gated)
+    return pack_linear(quantize(randn(n, k, seed=n) / k**0.5, format), gated)
 
 
 def _assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:
@@ -42,9 +33,9 @@ def _assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_products_equal_the_twin(ops: NativeOps, n: int, k: int, format: QuantizedFormat) -> None:
-    packed, bias = _packed(n, k, format), _randn(n)
+    packed, bias = _packed(n, k, format), randn(n)
     for m in NUM_ROWS:
-        x = _x(m, k)
+        x = x_of(m, k)
         for given in ({}, {"bias": bias}):
             _assert_equal_but_for_rounding(
                 ops.linear(x, packed, **given), twin.linear(x, packed, **given)
@@ -52,7 +43,7 @@ def test_products_equal_the_twin(ops: NativeOps, n: int, k: int, format: Quantiz
         half = ops.linear(x, packed, dtype=torch.bfloat16)
         expected = twin.linear(x, packed, dtype=torch.bfloat16)
         torch.testing.assert_close(half, expected, rtol=1e-2, atol=1e-4)
-        residual, copy = _randn(m, n, seed=1), _randn(m, n, seed=1)
+        residual, copy = randn(m, n, seed=1), randn(m, n, seed=1)
         added = ops.linear(x, packed, bias, residual=residual)
         assert added is residual
         _assert_equal_but_for_rounding(added, twin.linear(x, packed, bias, residual=copy))
@@ -64,10 +55,10 @@ def test_products_equal_the_twin(ops: NativeOps, n: int, k: int, format: Quantiz
 def test_gated_products_equal_the_twin(
     ops: NativeOps, n: int, k: int, activation: Any, format: QuantizedFormat
 ) -> None:
-    packed, bias = _packed(2 * n, k, format, gated=True), _randn(2 * n)
+    packed, bias = _packed(2 * n, k, format, gated=True), randn(2 * n)
     for m in NUM_ROWS:
-        expected = twin.linear(_x(m, k), packed, bias, activation=activation)
-        actual = ops.linear(_x(m, k), packed, bias, activation=activation)
+        expected = twin.linear(x_of(m, k), packed, bias, activation=activation)
+        actual = ops.linear(x_of(m, k), packed, bias, activation=activation)
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
 
 
@@ -89,7 +80,7 @@ def test_the_largest_codes_do_not_overflow(ops: NativeOps, format: QuantizedForm
 @pytest.mark.parametrize("k", [1, 31, 64, 577])
 def test_rows_are_quantized_like_the_twins(ops: NativeOps, k: int) -> None:
     for m in NUM_ROWS:
-        x = _x(m, k) * 100
+        x = x_of(m, k) * 100
         if m > 2:
             x[1] = 0
             x[2, k // 2 :] *= 1e-36  # subnormal scales
@@ -103,7 +94,7 @@ def test_rows_are_quantized_like_the_twins(ops: NativeOps, k: int) -> None:
 def test_norms_straight_to_blocks_equal_the_twins(ops: NativeOps, n: int) -> None:
     """But for a last bit of the norm, which may move a code by one."""
     for m in (0, 1, 3, 40):
-        x, weight = _randn(m, n) * 30, _randn(n, seed=2, dtype=torch.bfloat16)
+        x, weight = randn(m, n) * 30, randn(n, seed=2, dtype=torch.bfloat16)
         actual = ops.rms_norm_quantized(x, weight, 1e-5, 1.0)
         expected = twin.rms_norm_quantized(x, weight, 1e-5, 1.0)
         torch.testing.assert_close(actual.scales, expected.scales, rtol=1e-5, atol=0.0)
@@ -118,7 +109,7 @@ def test_norms_straight_to_blocks_equal_the_twins(ops: NativeOps, n: int) -> Non
 def test_a_rows_bits_depend_on_nothing_but_the_row(
     ops: NativeOps, one_thread: NativeOps, k: int, format: QuantizedFormat
 ) -> None:
-    packed, x = _packed(96, k, format), _x(500, k)
+    packed, x = _packed(96, k, format), x_of(500, k)
     together = ops.linear(x, packed)
     assert torch.equal(one_thread.linear(x, packed), together)
     for m in range(1, 33):
@@ -133,7 +124,7 @@ def test_a_rows_bits_depend_on_nothing_but_the_row(
 def test_a_row_of_nan_stays_by_itself(
     ops: NativeOps, format: QuantizedFormat, poison: float
 ) -> None:
-    x, alone = _x(5, 64), [False, False, True, False, False]
+    x, alone = x_of(5, 64), [False, False, True, False, False]
     x[2, 3] = poison
     out = ops.linear(x, _packed(64, 64, format))
     assert out.isnan().all(dim=1).tolist() == alone

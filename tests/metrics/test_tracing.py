@@ -13,11 +13,8 @@ import httpx
 import pytest
 
 from tests.tiny import make_tiny_artifact
-from torchweave_ray.api.app import create_app
-from torchweave_ray.build import build_engine, load_model
+from torchweave_ray.batch.local import local_app
 from torchweave_ray.config import EngineConfig
-from torchweave_ray.engine.async_engine import AsyncEngine
-from torchweave_ray.tokenizer import Tokenizer, load_tokenizer
 from torchweave_ray.tracing import FILE
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -27,25 +24,18 @@ CLIENT = "00f067aa0ba902b7"
 async def _spans(folder: Path, out: Path) -> list[dict[str, Any]]:
     artifact = make_tiny_artifact(folder / "tiny")
     config = EngineConfig.from_dict({"max_model_len": 128, "runner": {"threads": 1}})
-    loaded, tokenizer = load_model(artifact, config), load_tokenizer(artifact)
-    engine = AsyncEngine(build_engine(loaded, config, tokenizer), loaded.info)
-    engine.start()
-
-    async def load(_: str) -> Tokenizer:
-        return tokenizer
-
-    transport = httpx.ASGITransport(create_app(engine, load))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        body = {"model": "tiny", "prompt": "the fox", "max_tokens": 6, "temperature": 0.5}
-        headers = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
-        answer = await client.post("/v1/completions", json=body, headers=headers)
-        assert answer.status_code == 200, answer.text
-    lines: list[str] = []
-    async with asyncio.timeout(10):
-        while len(lines) < 5:
-            await asyncio.sleep(0.1)
-            lines = out.read_text().splitlines() if out.exists() else []
-    engine.close()
+    async with local_app(artifact, config) as app:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"model": "tiny", "prompt": "the fox", "max_tokens": 6, "temperature": 0.5}
+            headers = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
+            answer = await client.post("/v1/completions", json=body, headers=headers)
+            assert answer.status_code == 200, answer.text
+        lines: list[str] = []
+        async with asyncio.timeout(10):
+            while len(lines) < 5:
+                await asyncio.sleep(0.1)
+                lines = out.read_text().splitlines() if out.exists() else []
     return [json.loads(line) for line in lines]
 
 
