@@ -51,6 +51,15 @@ def config(args: dict[str, Any], **application: Any) -> ServeDeploySchema:
     return ServeDeploySchema.model_validate(values)
 
 
+def tiny_model(artifact: Path, /, **more: Any) -> dict[str, Any]:
+    """Arguments of one whose replicas take a core each. `kv_memory`, `scheduler`: of its engine."""
+    engine = {"cache": {"kv_memory": more.pop("kv_memory", 4 << 20)}}
+    if scheduler := more.pop("scheduler", None):
+        engine["scheduler"] = scheduler
+    model = {"id": "tiny", "artifact": str(artifact), "num_cpus": 1, "threads": 1}
+    return {**model, "engine": engine, **more}
+
+
 def deploy(*configs: ServeDeploySchema) -> None:
     first = configs[0].model_copy(deep=True)
     first.applications = [app for each in configs for app in each.applications]

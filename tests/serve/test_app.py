@@ -25,7 +25,7 @@ import ray
 from ray import serve
 
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import Client, config, deploy, tiny_model, wait_until
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.errors import InvalidRequest, ModelNotFound
 from torchweave_ray.models.artifact import WEIGHTS
@@ -47,18 +47,9 @@ class Served:
     artifact: Path
 
     def args(self, **changes: Any) -> dict[str, Any]:
-        model = {
-            "id": "tiny",
-            "artifact": str(self.artifact),
-            "num_replicas": 2,
-            "num_cpus": 1,
-            "threads": 1,
-            "engine": {
-                "cache": {"kv_memory": 4 << 20},
-                "scheduler": {"max_num_seqs": 8, "max_waiting_tokens": 600},
-            },
-        }
-        return {"models": [model | changes]}
+        scheduler = {"max_num_seqs": 8, "max_waiting_tokens": 600}
+        options = {"num_replicas": 2, "scheduler": scheduler, **changes}
+        return {"models": [tiny_model(self.artifact, **options)]}
 
     def config(self, **deployment: Any) -> Any:
         deployments = [{"name": TINY, **deployment}] if deployment else []

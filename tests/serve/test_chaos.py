@@ -23,7 +23,7 @@ from ray import serve
 
 from deployments.bus.listener import DEAD_AFTER_S, HEARTBEAT_S
 from tests.serve import cluster
-from tests.serve.cluster import config, deploy, wait_until
+from tests.serve.cluster import config, deploy, tiny_model, wait_until
 from tests.serve.hosts.nodes import Nodes, processes_of, replicas_on, send, several_nodes
 from tests.serve.lifecycle.load import Body, Load, bodies, read
 from tests.tiny import make_tiny_artifact
@@ -51,14 +51,8 @@ class Served:
         return f"http://127.0.0.1:{self.nodes.client.port}"
 
     def deploy(self, **deployment: Any) -> None:
-        model = {
-            "id": "tiny",
-            "artifact": str(self.artifact),
-            "num_replicas": NUM_REPLICAS,
-            "num_cpus": 2,
-            "threads": 1,
-            "engine": {"cache": {"kv_memory": self.kv_memory}},
-        }
+        sizes = {"num_replicas": NUM_REPLICAS, "num_cpus": 2, "kv_memory": self.kv_memory}
+        model = tiny_model(self.artifact, **sizes)
         args = {"models": [model], "ingress": {"num_replicas": NUM_INGRESSES}}
         deployments = [{"name": TINY, **deployment}] if deployment else []
         deploy(config(args, deployments=deployments))

@@ -21,7 +21,7 @@ import torch
 from ray._private.internal_api import memory_summary
 
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import Client, config, deploy, tiny_model, wait_until
 from tests.tiny import make_tiny_artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -37,9 +37,7 @@ class Served:
     artifact: Path
 
     def args(self, num_replicas: int = 2) -> dict[str, Any]:
-        model = {"id": "tiny", "artifact": str(self.artifact), "num_replicas": num_replicas}
-        model |= {"num_cpus": 1, "threads": 1, "engine": {"cache": {"kv_memory": 4 << 20}}}
-        return {"models": [model]}
+        return {"models": [tiny_model(self.artifact, num_replicas=num_replicas)]}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import ray
 import torch
 
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import Client, config, deploy, tiny_model, wait_until
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.bench.process_tree import ProcessTree
 
@@ -54,14 +54,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     # bfloat16, so the native executor: only its texts depend on nobody else in the batch.
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
     artifact = make_tiny_artifact(folder, 0, torch.bfloat16, max_position_embeddings=1024)
-    model = {
-        "id": "tiny",
-        "artifact": str(artifact),
-        "num_replicas": 3,
-        "num_cpus": 1,
-        "threads": 1,
-        "engine": {"cache": {"kv_memory": 16 << 20}},
-    }
+    model = tiny_model(artifact, num_replicas=3, kv_memory=16 << 20)
     with cluster.ray_cluster(num_cpus=6, port=port):
         deploy(config({"models": [model]}))
         wait_until(lambda: cluster.is_running("torchweave"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import Client, config, deploy, tiny_model, wait_until
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.api.access.key_file import ApiKey, digest_of, write_keys
 
@@ -69,10 +69,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ]
     write_keys(folder / "keys.yaml", keys)
     artifact = make_tiny_artifact(folder / "tiny", max_position_embeddings=1024)
-    model = {"id": "tiny", "artifact": str(artifact), "threads": 1, "num_cpus": 1}
-    model["engine"] = {"cache": {"kv_memory": 8 << 20}}
     args = {
-        "models": [model],
+        "models": [tiny_model(artifact, kv_memory=8 << 20)],
         "ingress": {"num_replicas": 2, "num_cpus": 0.5},
         "api": {"keys_file": str(folder / "keys.yaml")},
     }
@@ -99,19 +97,27 @@ def asked(served: Served, key: str, times: int) -> tuple[Counter[int], float]:
     return statuses, time.monotonic() - began
 
 
-def test_both_ingresses_together_let_in_what_a_key_may(served: Served) -> None:
-    statuses, seconds = asked(served, "before", 2 * PER_MINUTE)
+def assert_limited(served: Served, key: str) -> None:
+    statuses, seconds = asked(served, key, 2 * PER_MINUTE)
     expected = PER_MINUTE * (1 + seconds / 60)
     assert statuses[200] == pytest.approx(expected, rel=0.05, abs=2)
     assert statuses[429]
 
 
-def test_places_are_shared(served: Served) -> None:
-    streams = [served.open_stream("few") for _ in range(3 * SLOTS)]
+def places(served: Served, key: str) -> int:
+    streams = [served.open_stream(key) for _ in range(3 * SLOTS)]
     is_open = [stream for stream in streams if stream is not None]
     for stream in is_open:
         stream.close()
-    assert len(is_open) == SLOTS
+    return len(is_open)
+
+
+def test_both_ingresses_together_let_in_what_a_key_may(served: Served) -> None:
+    assert_limited(served, "before")
+
+
+def test_places_are_shared(served: Served) -> None:
+    assert places(served, "few") == SLOTS
     wait_until(lambda: served.ask("few") == 200, 10)
 
 
@@ -125,11 +131,5 @@ def test_a_ledger_that_is_killed_keeps_nobody_waiting(served: Served) -> None:
     wait_until(lambda: [pid for pid in cluster.replica_pids("Ledger") if pid != old], 60)
     wait_until(lambda: cluster.is_running("torchweave"))
     time.sleep(2.5)  # each ingress has told the new one what it has open
-    statuses, seconds = asked(served, "after", 2 * PER_MINUTE)
-    expected = PER_MINUTE * (1 + seconds / 60)
-    assert statuses[200] == pytest.approx(expected, rel=0.05, abs=2)
-    streams = [served.open_stream("few-after") for _ in range(3 * SLOTS)]
-    is_open = [stream for stream in streams if stream is not None]
-    for stream in is_open:
-        stream.close()
-    assert len(is_open) == SLOTS
+    assert_limited(served, "after")
+    assert places(served, "few-after") == SLOTS

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import Client, config, deploy, tiny_model, wait_until
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.client import Event, stream
 
@@ -33,8 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     # bfloat16, so the native executor: only its texts depend on nobody else in the batch.
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
     artifact = make_tiny_artifact(folder, 0, torch.bfloat16, max_position_embeddings=1024)
-    model = {"id": "tiny", "artifact": str(artifact), "num_cpus": 1, "threads": 1}
-    model["engine"] = {"cache": {"kv_memory": 8 << 20}}
+    model = tiny_model(artifact, kv_memory=8 << 20)
     client = Client(cluster.free_port())
     with cluster.ray_cluster(num_cpus=4, port=client.port):
         deploy(config({"models": [model], "ingress": {"num_replicas": 2}}))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import Client, config, deploy, tiny_model, wait_until
 from tests.serve.lifecycle.closed_loop import ClosedLoop
 from tests.tiny import make_tiny_artifact
 
@@ -27,17 +27,8 @@ class Served:
     artifacts: list[Path]
 
     def deploy(self, artifact: int, max_num_seqs: int = 8, **deployment: Any) -> None:
-        model = {
-            "id": "tiny",
-            "artifact": str(self.artifacts[artifact]),
-            "num_replicas": 2,
-            "num_cpus": 1,
-            "threads": 1,
-            "engine": {
-                "cache": {"kv_memory": 4 << 20},
-                "scheduler": {"max_num_seqs": max_num_seqs},
-            },
-        }
+        scheduler = {"max_num_seqs": max_num_seqs}
+        model = tiny_model(self.artifacts[artifact], num_replicas=2, scheduler=scheduler)
         surging = {"name": TINY, "max_surge_percent": 100, **deployment}
         deploy(config({"models": [model]}, deployments=[surging]))
 

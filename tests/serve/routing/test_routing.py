@@ -13,7 +13,7 @@ import pytest
 from ray import serve
 
 from tests.serve import cluster
-from tests.serve.cluster import Client, config, deploy, wait_until
+from tests.serve.cluster import Client, config, deploy, tiny_model, wait_until
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.outputs import Stats
 
@@ -30,17 +30,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     artifact = make_tiny_artifact(
         tmp_path_factory.mktemp("artifact") / "tiny", max_position_embeddings=8192
     )
-    model = {
-        "id": "tiny",
-        "artifact": str(artifact),
-        "num_replicas": 3,
-        "num_cpus": 1,
-        "threads": 1,
-        "engine": {
-            "cache": {"kv_memory": 8 << 20},
-            "scheduler": {"max_num_seqs": 1, "max_waiting_tokens": LIMIT},
-        },
-    }
+    scheduler = {"max_num_seqs": 1, "max_waiting_tokens": LIMIT}
+    model = tiny_model(artifact, num_replicas=3, kv_memory=8 << 20, scheduler=scheduler)
     client = Client(port)
     with cluster.ray_cluster(num_cpus=5, port=port):
         deploy(config({"models": [model]}))
