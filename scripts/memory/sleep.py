@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchweave_ray.bench.origin import save_results
+from torchweave_ray.bench.process_tree import memory_of
 from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.async_engine import AsyncEngine
@@ -25,12 +26,8 @@ KV_MEMORY = 512 << 20
 
 def memory() -> dict[str, float]:
     """MiB of this process: resident, and its own alone."""
-    fields = {}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
-        name, kilobytes, _ = line.split()
-        fields[name.rstrip(":")] = int(kilobytes) / 1024
-    private = fields["Private_Clean"] + fields["Private_Dirty"]
-    return {"rss_mib": round(fields["Rss"]), "uss_mib": round(private)}
+    found = memory_of(os.getpid())
+    return {"rss_mib": round(found.rss / 2**20), "uss_mib": round(found.uss / 2**20)}
 
 
 async def answer(engine: AsyncEngine, name: str, is_probe: bool = False) -> float:

@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from torchweave_ray.bench.process_tree import ProcessTree
 from torchweave_ray.bench.server_process import free_port as free_port
 
 CONFIG = Path(__file__).resolve().parents[2] / "serve_config.yaml"
@@ -101,24 +102,7 @@ def replica_pids(deployment: str, app: str = "torchweave") -> list[int]:
 
 def pids_of(title: str) -> list[int]:
     """Processes of the cluster that this process started only."""
-    found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
-    return [pid for pid in found if title in _read(pid, "cmdline") and _is_ours(pid)]
-
-
-def _is_ours(pid: int) -> bool:
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        fields = _read(pid, "stat").rpartition(")")[2].split()
-        pid = int(fields[1]) if fields else 0
-    return False
-
-
-def _read(pid: int, name: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-    except OSError:  # it has just ended
-        return ""
+    return ProcessTree([os.getpid()]).named(title)
 
 
 class Client:
