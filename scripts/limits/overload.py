@@ -27,8 +27,7 @@ from torchweave_ray.bench.load.loops import poisson_arrivals
 from torchweave_ray.bench.load.prompts import PromptSource
 from torchweave_ray.bench.load.targets import run_in_loop
 from torchweave_ray.bench.origin import save_results
-from torchweave_ray.bench.server_process import started_server
-from torchweave_ray.bench.startup import application_file
+from torchweave_ray.bench.server_process import application_file, started_server
 
 PATH = "/v1/completions"
 MODEL = "overloaded"

@@ -35,8 +35,12 @@ from rich.table import Table
 
 from torchweave_ray.bench.origin import save_results
 from torchweave_ray.bench.process_tree import ProcessTree
-from torchweave_ray.bench.server_process import RunningServer, free_port, started_server
-from torchweave_ray.bench.startup import application_file
+from torchweave_ray.bench.server_process import (
+    RunningServer,
+    application_file,
+    free_port,
+    started_server,
+)
 
 BOARD = Path(__file__).resolve().parents[2] / "configs/grafana/torchweave.json"
 INTERVAL = "10s"

@@ -12,8 +12,7 @@ from tests.playground.actions import ANSWER, answered, ask, compare, compared, s
 from tests.playground.chromium import Page, find_chromium
 from tests.smollm2 import staged_smollm2
 from torchweave_ray.bench.process_tree import ProcessTree
-from torchweave_ray.bench.server_process import RunningServer, started_server
-from torchweave_ray.bench.startup import application_file
+from torchweave_ray.bench.server_process import RunningServer, application_file, started_server
 
 pytestmark = [
     pytest.mark.ray,

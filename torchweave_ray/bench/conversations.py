@@ -27,8 +27,8 @@ from torchweave_ray.bench.load.targets import (
 from torchweave_ray.bench.load.workloads import Script, Turn
 from torchweave_ray.bench.process_tree import ProcessTree, wait_until_calm
 from torchweave_ray.bench.report.points import Point, RequestRecord, summarize
-from torchweave_ray.bench.server_process import started_server
-from torchweave_ray.bench.startup import application_file, serve_options
+from torchweave_ray.bench.server_process import application_file, started_server
+from torchweave_ray.bench.startup import serve_options
 
 ROUTERS = ("prefix", "default")
 """Ours, and Ray Serve's own: the less busy of two replicas taken by chance."""

@@ -15,10 +15,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from torchweave_ray.errors import TorchWeaveError
 
@@ -82,6 +85,17 @@ def started_server(
             yield RunningServer(url, process.pid, time.perf_counter() - started, log)
         finally:
             _stop(process)
+
+
+def application_file(
+    folder: Path, args: Mapping[str, Any], import_path: str = "deployments.app:build"
+) -> Path:
+    """What `torchweave serve` is given of an application."""
+    application = {"name": "torchweave", "route_prefix": "/", "import_path": import_path}
+    file = folder / "serve_config.yaml"
+    given = {"args": args} if args else {}
+    file.write_text(yaml.safe_dump({"applications": [{**application, **given}]}))
+    return file
 
 
 def _end_with_parent() -> None:

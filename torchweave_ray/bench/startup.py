@@ -16,13 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from torchweave_ray.bench.load.serving import ServingConfig, run_benchmark
 from torchweave_ray.bench.load.targets import BenchmarkError, openai_target, run_in_loop
 from torchweave_ray.bench.load.workloads import Workload
 from torchweave_ray.bench.process_tree import ProcessTree, memory_of
-from torchweave_ray.bench.server_process import RunningServer, started_server
+from torchweave_ray.bench.server_process import RunningServer, application_file, started_server
 
 PROFILES: Mapping[str, tuple[str, ...]] = {"default": ("--no-haproxy",), "haproxy": ()}
 """Options of `torchweave serve`: Ray Serve's own proxy, and HAProxy."""
@@ -96,17 +94,6 @@ def serve_options(model: str) -> tuple[str, ...]:
     """How `torchweave serve` is told of a model: a staged artifact's folder, or a recipe."""
     is_artifact = (Path(model) / "manifest.json").is_file()
     return ("--artifact" if is_artifact else "--recipe", model)
-
-
-def application_file(
-    folder: Path, args: Mapping[str, Any], import_path: str = "deployments.app:build"
-) -> Path:
-    """How it is told of an application."""
-    application = {"name": "torchweave", "route_prefix": "/", "import_path": import_path}
-    file = folder / "serve_config.yaml"
-    given = {"args": args} if args else {}
-    file.write_text(yaml.safe_dump({"applications": [{**application, **given}]}))
-    return file
 
 
 def medians(lines: Sequence[Line]) -> dict[str, float]:

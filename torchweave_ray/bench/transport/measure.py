@@ -15,14 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from torchweave_ray.bench.load.serving import ServingConfig, run_benchmark
 from torchweave_ray.bench.load.targets import openai_target, run_in_loop
 from torchweave_ray.bench.load.workloads import Workload
 from torchweave_ray.bench.process_tree import ProcessTree
 from torchweave_ray.bench.report.points import Point
-from torchweave_ray.bench.server_process import RunningServer, started_server
+from torchweave_ray.bench.server_process import RunningServer, application_file, started_server
 
 IDLE_S = 3.0
 LONE_REQUESTS = 16
@@ -125,15 +123,9 @@ def _running(route: Route, step_ms: float) -> Iterator[RunningServer]:
         with started_server((), program=program) as server:
             yield server
         return
-    application = {
-        "name": "measured",
-        "route_prefix": "/",
-        "import_path": "deployments.bench.echo_app:build",
-        "args": {**route.args, "step_ms": step_ms},
-    }
+    args = {**route.args, "step_ms": step_ms}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "serve_config.yaml"
-        file.write_text(yaml.safe_dump({"applications": [application]}))
+        file = application_file(Path(folder), args, "deployments.bench.echo_app:build")
         options = (str(file), "--no-dashboard", *route.options)
         with started_server(options) as server:
             yield server
