@@ -79,9 +79,14 @@ class Api:
 
 
 @pytest.fixture
-def api() -> Iterator[Api]:
+def runner() -> Iterator[asyncio.Runner]:
     with asyncio.Runner() as runner:
-        yield Api(runner, FakeBackend(), ApiSettings(**PLAIN))
+        yield runner
+
+
+@pytest.fixture
+def api(runner: asyncio.Runner) -> Api:
+    return Api(runner, FakeBackend(), ApiSettings(**PLAIN))
 
 
 class Server:

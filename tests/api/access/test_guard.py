@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,6 @@ class Guarded(Api):
 
     def ask(self, path: str = "/v1/completions", body: Any = BODY, key: str = GOOD) -> Any:
         return self.post(path, body, headers={"authorization": f"Bearer {key}"})
-
-
-@pytest.fixture
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
 
 
 @pytest.fixture

@@ -132,12 +132,6 @@ async def ask(
     return response
 
 
-@pytest.fixture
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
 def events_of(body: bytes) -> list[tuple[str, bytes]]:
     """(id, event) of each."""
     events = []
