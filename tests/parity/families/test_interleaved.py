@@ -17,12 +17,11 @@ from tests.families import FAMILIES
 from tests.kernels.native import NativeDecoder, random_texts
 from tests.parity.families.test_families import reference
 from tests.parity.paged import Text
-from tests.speculation.test_same_text import random_worth
+from tests.speculation.test_same_text import guess_at_random
 from tests.tiny import make_checkpoint, make_tiny_artifact
 from torchweave_ray.build import build_engine, load_model
 from torchweave_ray.config import EngineConfig
 from torchweave_ray.engine.engine import Engine
-from torchweave_ray.engine.speculation import drafter
 from torchweave_ray.kernels.library import KernelsUnavailable, load_library
 from torchweave_ray.llm import LLM
 from torchweave_ray.outputs import GenerateRequest, OutputKind
@@ -203,7 +202,7 @@ def test_no_text_changes_whatever_goes_on_in_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Forks, hits, preemption, drafts that are right or wrong, a sleep, in a tight pool."""
-    monkeypatch.setattr(drafter, "most_worth", random_worth(random.Random(0), 0.8))
+    guess_at_random(monkeypatch, 0, 0.8)
     num_blocks, model = 50, {}
     if method == "draft":  # a block of its own beside each, in fp32
         num_blocks *= 3
