@@ -87,7 +87,9 @@ class OpenDraft:
         self._blocks_per_block = _blocks_per_block(self._grouping.groups, served_groups)
         self._eos_token_ids = model.eos_token_ids
         self._max_position_embeddings = model.max_position_embeddings
-        self._share = manifest.files[WEIGHTS].size / large.files[WEIGHTS].size
+        # It runs on rank 0, which reads a slice of the served model.
+        read = large.files[WEIGHTS].size / config.tensor_parallel_size
+        self._share = manifest.files[WEIGHTS].size / read
         dtype = resolve_dtype(config.runner.dtype, manifest.dtype)
         self._kv_dtype = resolve_kv_dtype(config.runner.kv_dtype, manifest.kv_dtype, dtype)
         self._directory = directory

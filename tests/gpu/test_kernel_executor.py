@@ -84,3 +84,16 @@ def test_texts_are_those_of_the_torch_executor(tmp_path: Path) -> None:
     assert [a.token_ids for a in ours] == [a.token_ids for a in plain]
     assert ours[0].logprobs is not None
     assert ours[0].logprobs[0].logprob == pytest.approx(plain[0].logprobs[0].logprob, abs=1e-4)  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_slices_of_a_model_run_on_them(tmp_path: Path) -> None:
+    """Two ranks, each a process with half of the heads."""
+    artifact = make_tiny_artifact(tmp_path, num_hidden_layers=1)
+    answers = []
+    for executor, num_ranks in (("torch", 1), ("triton", 2)):
+        options = {"runner": {"executor": executor}, "tensor_parallel_size": num_ranks}
+        with LLM(artifact, **options) as llm:
+            answers.append([each.token_ids for each in llm.generate(PROMPTS, PARAMS)])
+    assert llm.info.executor == "triton tp2"
+    assert answers[0] == answers[1]

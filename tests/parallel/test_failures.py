@@ -173,16 +173,22 @@ def test_a_process_that_does_not_start(artifact: Path) -> None:
         load_model(artifact, config, launcher=Broken())
 
 
-class Stranger(Broken):
-    """Somebody else comes first, and knows no key."""
+class Strangers(Broken):
+    """Others come first: one guesses the key, one speaks HTTP, one is no JSON, one says nothing."""
 
     def launch(self, summons: Summons, device: str | None) -> Child:
-        channel = connect(summons.port, 5)
-        channel.send({"rank": 1, "key": "guessed"})
+        self.channels = [connect(summons.port, 5) for _ in range(4)]
+        self.channels[0].send({"rank": 1, "key": "guessed"})
+        self.channels[1]._socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        self.channels[2]._socket.sendall(b"\0\0\0\x03{{{")
         return super().launch(summons, device)
 
 
-def test_a_stranger_is_no_rank(artifact: Path) -> None:
+def test_a_stranger_is_no_rank(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_HELLO_S", 0.1)
+    strangers = Strangers()
     config = EngineConfig.from_dict({"tensor_parallel_size": 2})
     with pytest.raises(ConfigError, match="rank 1 ended at its start"):
-        load_model(artifact, config, launcher=Stranger())
+        load_model(artifact, config, launcher=strangers)
+    for channel in strangers.channels:
+        channel.close()

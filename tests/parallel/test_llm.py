@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.families import FAMILIES
+from tests.speculation.test_same_text import guess_at_random
 from tests.tiny import make_tiny_artifact
 from torchweave_ray.errors import ConfigError
 from torchweave_ray.llm import LLM, Completion
@@ -24,16 +26,17 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_artifact(tmp_path_factory.mktemp("tp") / "tiny", vocab_size=301)
 
 
-def open_llm(artifact: Path, num_ranks: int, method: str = "none") -> LLM:
+def open_llm(artifact: Path, num_ranks: int, method: str = "none", **options: Any) -> LLM:
     """With the same few blocks, whoever holds them."""
+    draft = {"model": str(artifact)} if method == "draft" else {}
     return LLM(
         artifact,
         max_model_len=128,
         tensor_parallel_size=num_ranks,
         cache={"kv_memory": NUM_BLOCKS * BLOCK_BYTES * 2 // num_ranks},
         scheduler={"max_num_batched_tokens": 48},
-        runner={"executor": "torch", "threads": 2},
-        speculation={"method": method},
+        runner={"executor": "torch", "threads": 2, **options},
+        speculation={"method": method, **draft},
     )
 
 
@@ -45,8 +48,9 @@ def one(artifact: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def two(artifact: Path) -> Iterator[LLM]:
-    """It guesses, too: drafts travel like any tokens."""
-    with open_llm(artifact, 2, "ngram") as llm:
+    """A step ahead: tokens that are still being drawn travel like those that are known."""
+    with open_llm(artifact, 2, step_depth=1) as llm:
+        assert llm._loaded.runner.limits.step_depth == 1
         yield llm
 
 
@@ -108,6 +112,23 @@ def test_it_sleeps_and_wakes_with_all_ranks(two: LLM) -> None:
     two.sleep()
     assert two.is_sleeping
     assert ids(two.generate(PROMPTS, params)) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ngram", "draft"])
+def test_guesses_change_no_text(
+    artifact: Path, one: LLM, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft model runs on rank 0 alone; here it is the served one."""
+    guess_at_random(monkeypatch, 0, 0.7)
+    words = (7, 8, 9)  # that an n-gram comes again
+    params = SamplingParams(
+        temperature=0.0, max_tokens=40, ignore_eos=True, allowed_token_ids=words
+    )
+    prompts = [[7, 8, 9] * 6, PROMPTS[1]]
+    with open_llm(artifact, 2, method) as llm:
+        assert ids(llm.generate(prompts, params)) == ids(one.generate(prompts, params))
+        assert llm.stats().num_accepted_tokens > 0
 
 
 @pytest.mark.slow

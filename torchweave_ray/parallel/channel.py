@@ -15,6 +15,8 @@ from typing import Any
 Message = dict[str, Any]
 HOST = "127.0.0.1"
 """Ranks of a replica are on one machine."""
+MOST_BYTES = 64 << 20
+"""Of a message; more is none of ours."""
 _LENGTH = struct.Struct("!I")
 
 
@@ -23,7 +25,6 @@ class Channel:
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.settimeout(None)
         self._socket = connected
         self._lock = threading.Lock()
 
@@ -37,13 +38,15 @@ class Channel:
             self._socket.sendall(_LENGTH.pack(len(body)) + body)
 
     def receive(self) -> Message | None:
-        """None: the other side is gone."""
+        """None: the other side is gone, or none of ours."""
         try:
             head = self._exactly(_LENGTH.size)
-            body = head and self._exactly(_LENGTH.unpack(head)[0])
-        except OSError:
+            length = _LENGTH.unpack(head)[0] if head else 0
+            body = self._exactly(length) if length <= MOST_BYTES else b""
+            message: Message | None = json.loads(body) if body else None
+        except (OSError, ValueError):
             return None
-        return json.loads(body) if body else None
+        return message
 
     def close(self) -> None:
         self._socket.close()
@@ -60,4 +63,6 @@ class Channel:
 
 
 def connect(port: int, timeout_s: float) -> Channel:
-    return Channel(socket.create_connection((HOST, port), timeout_s))
+    connected = socket.create_connection((HOST, port), timeout_s)
+    connected.settimeout(None)
+    return Channel(connected)

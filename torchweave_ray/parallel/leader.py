@@ -16,7 +16,7 @@ from torchweave_ray.engine.plan import PendingStep, StepPlan, StepResult
 from torchweave_ray.errors import EngineDead
 from torchweave_ray.models.spec import Executor
 from torchweave_ray.parallel.collectives import Collectives
-from torchweave_ray.parallel.ranks import Ranks
+from torchweave_ray.parallel.ranks import INTERRUPTED, Ranks
 from torchweave_ray.parallel.step_message import packed
 from torchweave_ray.runner.kv_cache import KVCache, KVShape
 from torchweave_ray.runner.model_runner import ModelRunner
@@ -56,7 +56,7 @@ class LeadingExecutor:
         except Exception as error:
             raise self._ranks.failure(error, "a step failed on rank 0") from error
         except BaseException:  # Ctrl-C: the others are in the middle of it
-            self._ranks.end("a step was interrupted, which no rank can make up for: start anew")
+            self._ranks.end(INTERRUPTED)
             raise
 
 

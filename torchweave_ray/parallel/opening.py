@@ -39,7 +39,6 @@ def check_ranks(
     refused = {
         "lora.source": config.lora.source is not None,
         "cache.spill": config.cache.spill is not None,
-        "speculation.method draft": config.speculation.method == "draft",
         "runner.executor native": config.runner.executor == "native",
         "runner.batch_invariant": config.runner.batch_invariant,
         "staging.target object_store": not has_file,

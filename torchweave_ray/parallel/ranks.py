@@ -10,7 +10,7 @@ import hmac
 import logging
 import queue
 import secrets
-import select
+import selectors
 import socket
 import threading
 import time
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 START_S = 180.0
 """For all processes to come: an interpreter, torch, under Ray an actor."""
 BEAT_S = 1.0
+INTERRUPTED = "a step was interrupted, and its ranks cannot know how far it came: start anew"
 SILENT_S = 15.0
 """A rank that shows no sign of life for so long counts as dead."""
 _HELLO_S = 5.0
@@ -72,6 +73,9 @@ class Ranks:
                 channel.send({"do": do, **what})
             except OSError as error:
                 raise self.failure(error, f"rank {rank} is gone") from error
+            except BaseException:  # Ctrl-C: some have heard of it, others not
+                self.end(INTERRUPTED)
+                raise
 
     def answers(self) -> list[Message]:
         """Of all to what they were told last, in order of rank. Raises what the first one answered
@@ -169,34 +173,46 @@ class Ranks:
             return
         connected.settimeout(_HELLO_S)
         channel = Channel(connected)
-        hello = channel.receive() or {}
+        hello = channel.receive()
         connected.settimeout(None)
+        hello = hello if isinstance(hello, dict) else {}
         if hmac.compare_digest(str(hello.get("key")), key):
             self._channels[hello["rank"]] = channel
         else:
             channel.close()
 
     def _watch(self) -> None:
+        try:
+            self._listen()
+        except Exception as error:  # nobody would hear of a death any more
+            self.end(f"watching the ranks failed: {error!r}")
+
+    def _listen(self) -> None:
         heard_at = dict.fromkeys(self._channels, time.monotonic())
-        by_file = {channel: rank for rank, channel in self._channels.items()}
+        files = selectors.DefaultSelector()
+        for rank, channel in self._channels.items():
+            files.register(channel, selectors.EVENT_READ, rank)
         while self._why is None:
-            ready, _, _ = select.select(list(by_file), [], [], BEAT_S)
-            for channel in ready:
-                rank = by_file[channel]
+            for file, _ in files.select(BEAT_S):
+                rank = file.data
                 heard_at[rank] = time.monotonic()
-                message = channel.receive()
+                message = self._channels[rank].receive()
                 if message is None:
                     if self._is_closing:
                         return
                     self.end(self._why_gone(rank))
-                elif "failed" in message:
-                    self.end(f"rank {rank} failed: {message['failed']}")
-                elif "beat" not in message:
-                    self._replies.put((rank, message))
+                    return
+                self._take(rank, message)
             for rank, moment in heard_at.items():
                 silent_s = time.monotonic() - moment
                 if silent_s > SILENT_S:
                     self.end(f"rank {rank} has shown no sign of life for {silent_s:.0f} s")
+
+    def _take(self, rank: int, message: Message) -> None:
+        if "failed" in message:
+            self.end(f"rank {rank} failed: {message['failed']}")
+        elif "beat" not in message:
+            self._replies.put((rank, message))
 
     def _why_gone(self, rank: int) -> str:
         """Its connection ends a moment before the process does."""
