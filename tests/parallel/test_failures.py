@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import subprocess
@@ -158,6 +159,28 @@ def test_ranks_end_with_their_parent(artifact: Path) -> None:
         assert is_running(second)
         parent.kill()
         wait_until(lambda: not is_running(second))
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_leaves_no_rank_behind_another(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as it was, or says that it is of no use: never wrong, and nothing waits."""
+    short = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    said: list[str] = []
+    for delay in (0.11, 0.17, 0.23):
+        llm, _ = open_two(artifact, monkeypatch)
+        with llm:
+            wanted = [each.token_ids for each in llm.generate(PROMPTS, short)]
+            threading.Timer(delay, _thread.interrupt_main).start()
+            with pytest.raises(KeyboardInterrupt):
+                generate_for_long(llm)
+            try:
+                assert [each.token_ids for each in llm.generate(PROMPTS, short)] == wanted
+            except EngineDead as error:
+                said.append(str(error))
+    assert said, "most of the time is spent in steps"
+    assert all("a step was interrupted" in why for why in said)
 
 
 class Broken:
