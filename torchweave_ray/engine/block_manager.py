@@ -284,9 +284,9 @@ class BlockManager:
 
     def _held(self, tables: tuple[list[int], ...], num_dropped: int) -> Iterator[int]:
         """The first positions' blocks first."""
-        full = tables[: self._groups.num_full]
-        for index in range(len(tables[0]) if tables else 0):
-            yield from (table[index] for table in (full if index < num_dropped else tables))
+        full = (table[:num_dropped] for table in tables[: self._groups.num_full])
+        rest = (table[num_dropped:] for table in tables)
+        return chain.from_iterable(chain(zip(*full, strict=True), zip(*rest, strict=True)))
 
     def _release(self, blocks: list[int]) -> None:
         for block in blocks:
