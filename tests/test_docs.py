@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,11 +22,11 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from tests.doc_commands import BIN, run_block
 from tests.smollm2 import staged_smollm2
 from torchweave_ray.bench.server_process import started_server
 
 ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CORE = {"ray", "torch", "transformers", "starlette", "pydantic", "pytest", "requests"}
 WITH_RAY_SERVE = {"uvloop", "uvicorn", "opentelemetry"}
@@ -85,10 +86,24 @@ def _check_yaml(values: Any, page: Path) -> None:
     recipe_from_mapping(values, page)
 
 
+def run_block(block: Block, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As a reader would: in the checkout, with this environment's commands first on the path."""
+    own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **environment}
+    command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-ec"]
+    return subprocess.run(
+        [*command, code],
+        cwd=ROOT,
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.mark.weights
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.tag == "weights"], ids=str)
 def test_blocks_that_need_weights_run(block: Block) -> None:
-    ran = run_block(block.language, block.code, {"ARTIFACT_DIR": str(staged_smollm2().parent)})
+    ran = run_block(block, block.code, ARTIFACT_DIR=str(staged_smollm2().parent))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
 
@@ -107,7 +122,7 @@ def test_blocks_that_need_a_server_run() -> None:
             code = block.code.replace("http://127.0.0.1:8000", server.url)
             with_url = rf"\g<0> --url {server.url}"
             code = re.sub(r"^torchweave bench serving(?!.*--url)", with_url, code)
-            ran = run_block(block.language, code, {})
+            ran = run_block(block, code)
             assert ran.returncode == 0, f"{block}\n{ran.stdout}\n{ran.stderr}"
             assert ran.stdout.strip(), block
             assert '"error"' not in ran.stdout, f"{block}\n{ran.stdout}"

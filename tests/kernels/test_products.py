@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchweave_ray.kernels import twin
 from torchweave_ray.kernels.ops import NativeOps
-from torchweave_ray.kernels.packing import pack_linear, packed_shape, unpack_linear
+from torchweave_ray.kernels.packing import PackedLinear, pack_linear, packed_shape, unpack_linear
 
 SHAPES = [(1, 1), (31, 7), (32, 64), (33, 65), (100, 576), (260, 127)]
 """(n, k): less than a panel, less than a group, odd k, tails."""
@@ -76,7 +76,12 @@ def test_gated_products_equal_the_twin(ops: NativeOps, n: int, k: int, activatio
 def test_a_rows_bits_depend_on_nothing_but_the_row(
     ops: NativeOps, one_thread: NativeOps, k: int
 ) -> None:
-    packed, x = pack_linear(_weight(96, k)), x_of(500, k)
+    assert_rows_alone(ops, one_thread, pack_linear(_weight(96, k)), x_of(500, k))
+
+
+def assert_rows_alone(
+    ops: NativeOps, one_thread: NativeOps, packed: PackedLinear, x: Tensor
+) -> None:
     together = ops.linear(x, packed)
     assert torch.equal(one_thread.linear(x, packed), together)
     for m in range(1, 33):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_products import SHAPES, randn, x_of
+from tests.kernels.test_products import SHAPES, assert_rows_alone, randn, x_of
 from torchweave_ray.kernels import twin
 from torchweave_ray.kernels.ops import NativeOps
 from torchweave_ray.kernels.packing import PackedLinear, pack_linear
@@ -109,14 +108,7 @@ def test_norms_straight_to_blocks_equal_the_twins(ops: NativeOps, n: int) -> Non
 def test_a_rows_bits_depend_on_nothing_but_the_row(
     ops: NativeOps, one_thread: NativeOps, k: int, format: QuantizedFormat
 ) -> None:
-    packed, x = _packed(96, k, format), x_of(500, k)
-    together = ops.linear(x, packed)
-    assert torch.equal(one_thread.linear(x, packed), together)
-    for m in range(1, 33):
-        start = random.Random(m).randrange(400)
-        rows = slice(start, start + m)
-        assert torch.equal(ops.linear(x[rows], packed), together[rows])
-        assert torch.equal(one_thread.linear(x[rows], packed), together[rows])
+    assert_rows_alone(ops, one_thread, _packed(96, k, format), x_of(500, k))
 
 
 @pytest.mark.parametrize("format", FORMATS)
