@@ -48,11 +48,13 @@ def _run(section: str, scratch: Path, device: torch.device) -> Iterator[dict[str
     from torchweave_ray.bench.gpu import correctness, kernels, throughput
     from torchweave_ray.bench.gpu.device import device_name, measure_ceilings
     from torchweave_ray.bench.gpu.random_model import TINY, TINYLLAMA, make_artifact
+    from torchweave_ray.bench.gpu.ranks import check_ranks
 
     is_dry = device.type == "cpu"
     if section == "correctness":
         yield from correctness.check_logits(scratch, device)
         yield from correctness.check_texts(scratch, device)
+        yield from check_ranks(scratch, device)
         return
     ceilings = measure_ceilings(device)
     yield {
