@@ -251,6 +251,16 @@ def test_half_a_surrogate_pair_is_refused(api: Api) -> None:
     assert api.request("POST", GENERATE, content=raw).status_code == 200
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400 + ".5"])
+def test_a_number_that_is_none_is_refused_wherever_it_stands(api: Api, number: str) -> None:
+    tool = '{"type": "function", "name": "f", "parameters": {"enum": [%s]}}'
+    raw = '{"input": "hi", "tools": [' + tool + "]}"
+    check_error(api.request("POST", "/v1/responses", content=(raw % number).encode()), 400, "tools")
+    assert api.request("POST", "/v1/responses", content=(raw % "1e30").encode()).status_code == 200
+    raw = '{"input": "%s"}'
+    assert api.request("POST", "/v1/responses", content=(raw % number).encode()).status_code == 200
+
+
 @pytest.mark.parametrize("path", VALID)
 def test_an_unknown_field_hints_at_the_known_one(api: Api, path: str) -> None:
     message = check_error(api.post(path, VALID[path] | {"top_pp": 1}), 400, "top_pp")

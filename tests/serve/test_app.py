@@ -168,6 +168,16 @@ def test_bad_requests_name_the_field(served: Served) -> None:
         assert (got, answer["error"]["param"]) == (status, param)
 
 
+def test_nothing_that_was_said_is_in_a_log(served: Served) -> None:
+    secret, path = "sesame 4711", "/v1/completions"
+    bodies = ({"structured_outputs": {"regex": f"({secret}"}}, {"temperature": secret}, {"n": 2})
+    assert [served.bus.post(path, prompt=secret, **b)[0] for b in bodies] == [400, 400, 200]
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()).rglob("*.*")
+    texts = [log.read_text(errors="replace") for log in logs if log.is_file()]
+    assert any("[Request]" in text for text in texts)
+    assert not any(secret in text for text in texts)
+
+
 @pytest.mark.parametrize("given", ["", "mine-1"])
 def test_an_answer_has_one_request_id(served: Served, given: str) -> None:
     """Serve says it as well: a second one would make one strange id in clients that join them."""

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _IDS = "torchweave.ids"
+_MAY_BE_UNSAYABLE = re.compile(rb"\\u|NaN|Infinity|[eE]\+?\d{3}|\d{309}")
 MAX_SESSION_ID = 256
 _DEADLINE_HEADER = "x-deadline-ms"
 MAX_DEADLINE_MS = 2**31 - 1
@@ -253,8 +254,8 @@ def _parse_object(raw: bytes) -> dict[str, Any]:
         body = json.loads(raw)
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object", None, "invalid_json")
-        if b"\\u" in raw:
-            _refuse_lone_surrogates(body)
+        if _MAY_BE_UNSAYABLE.search(raw):
+            _refuse_unsayable(body)
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
@@ -266,11 +267,14 @@ def _too_deep() -> InvalidRequest:
     return InvalidRequest("the body is nested too deep", None, "invalid_json")
 
 
-def _refuse_lone_surrogates(body: dict[str, Any]) -> None:
-    """JSON can write half a character, which no text holds and no answer could repeat."""
+def _refuse_unsayable(body: dict[str, Any]) -> None:
+    """What Python reads as JSON and no answer could repeat: half a character, which no text holds,
+    and numbers that are none."""
     for key, value in body.items():
         try:
-            json.dumps({key: value}, ensure_ascii=False).encode()
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
             name = key.encode("utf-8", "replace").decode()
             raise InvalidRequest(f"{name} holds half a surrogate pair", name) from None
+        except ValueError:
+            raise InvalidRequest(f"{key} must hold finite numbers only", key) from None
