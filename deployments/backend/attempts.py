@@ -19,6 +19,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledErr
 from deployments.backend.fleet import Fleet, placed_on, running_replicas
 from deployments.bus.listener import DEAD_AFTER_S, BusListener, IncomingStream
 from deployments.calls import Alive, BusFailed, EngineFailed, Finished, Refused
+from torchweave_ray.api.streams.merging import merged
 from torchweave_ray.errors import RequestError, TorchWeaveError, Unavailable
 from torchweave_ray.outputs import GenerateRequest, RequestOutput, merge_outputs
 
@@ -167,36 +168,13 @@ async def over_handle(
         response.cancel()
 
 
-async def choices_over_handle(
+def choices_over_handle(
     client: ModelClient, requests: list[tuple[int | None, GenerateRequest]], taken_by: TakenBy
 ) -> AsyncGenerator[RequestOutput]:
     """Several requests at once, each shown under its choice's index (None: as it is)."""
-    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
-
-    async def pump(index: int | None, request: GenerateRequest) -> None:
-        try:
-            async with aclosing(over_handle(client, request, taken_by)) as outputs:
-                async for output in outputs:
-                    queue.put_nowait(_relabel(output, index))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(index, request)) for index, request in requests]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return merged(
+        [_relabelled(over_handle(client, request, taken_by), index) for index, request in requests]
+    )
 
 
 async def _first(client: ModelClient, request: GenerateRequest, items: AsyncIterator[Any]) -> Any:
@@ -266,7 +244,12 @@ async def _result(response: Any) -> Finished:
     return result
 
 
-def _relabel(output: RequestOutput, index: int | None) -> RequestOutput:
-    if index is None:
-        return output
-    return replace(output, deltas=tuple(replace(delta, index=index) for delta in output.deltas))
+async def _relabelled(
+    outputs: AsyncGenerator[RequestOutput], index: int | None
+) -> AsyncGenerator[RequestOutput]:
+    async with aclosing(outputs):
+        async for output in outputs:
+            if index is not None:
+                deltas = tuple(replace(delta, index=index) for delta in output.deltas)
+                output = replace(output, deltas=deltas)
+            yield output

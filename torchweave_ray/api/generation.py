@@ -5,7 +5,6 @@ Leaving the merged iterator early aborts every request of the call. Knows no pro
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -18,6 +17,7 @@ from torchweave_ray.api.errors import failure_of
 from torchweave_ray.api.running import StopSwitch
 from torchweave_ray.api.service import Service
 from torchweave_ray.api.streams.event_ids import PARAM
+from torchweave_ray.api.streams.merging import merged
 from torchweave_ray.api.streams.resume import open_stream
 from torchweave_ray.errors import InvalidRequest, RequestError, Unavailable
 from torchweave_ray.outputs import (
@@ -59,7 +59,8 @@ def generate(
         _Source(service.backend, request, switch, index)
         for index, (request, switch) in enumerate(zip(requests, switches, strict=True))
     ]
-    outputs = _one(sources[0]) if len(sources) == 1 else _several(sources)
+    each = [_one(source) for source in sources]
+    outputs = each[0] if len(each) == 1 else merged(each)
     outputs = service.usage.metered(call, caller, requests, outputs)
     call.stack.push_async_callback(outputs.aclose)
     return outputs
@@ -84,36 +85,6 @@ async def _one(source: _Source) -> Outputs:
         await _close(outputs)
     if not is_last:
         raise Unavailable("the answer ended early")
-
-
-async def _several(sources: Sequence[_Source]) -> Outputs:
-    """A task a request: as they share a queue, none waits for another one's client."""
-    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
-
-    async def pump(source: _Source) -> None:
-        try:
-            async for item in _one(source):
-                queue.put_nowait(item)
-        except Exception as error:
-            queue.put_nowait(error)
-        else:
-            queue.put_nowait(None)
-
-    tasks = [asyncio.create_task(pump(source)) for source in sources]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _close(outputs: AsyncIterator[RequestOutput]) -> None:
