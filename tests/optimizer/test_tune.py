@@ -23,8 +23,9 @@ from torchweave_ray.build import LoadedModel, load_model
 from torchweave_ray.config import EngineConfig, SchedulerConfig
 from torchweave_ray.config import StepCost as Costs
 from torchweave_ray.kernels.machine import cpu_model, fingerprint, num_cores
-from torchweave_ray.loading.tuning import TunedSettings, tuned_threads
+from torchweave_ray.loading.tuning import TunedSettings, tuned_settings, tuned_threads
 from torchweave_ray.models.artifact import write_report
+from torchweave_ray.runner.device import gpu_fingerprint
 
 STEPS = ((1, 64.5), (8, 516.0), (8, 3844.0), (128, 8192.0), (128, 57344.0), (512, 131072.0))
 
@@ -187,3 +188,20 @@ def test_cpu_names(tmp_path: Path) -> None:
     cpuinfo.write_text("Features : asimd\n")
     assert cpu_model(cpuinfo)
     assert cpu_model(tmp_path / "none")
+
+
+def test_costs_of_one_gpu_are_not_taken_for_another(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def found(name: str, *capability: int) -> dict[str, str | int]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        return {**gpu_fingerprint(torch.device("cuda")), "executor": "triton"}
+
+    here = found("H200", 9, 0)
+    _edit(artifact, lambda report: report["tuning"].update(fingerprint=here))
+    assert tuned_settings(artifact, here, SchedulerConfig()).step_cost is not None
+    elsewhere = found("A100", 8, 0)
+    assert tuned_settings(artifact, elsewhere, SchedulerConfig()) == TunedSettings()
+    assert "sm_90" in caplog.text
+    assert "sm_80" in caplog.text
